@@ -1,0 +1,5 @@
+"""GSPN-2 for diffusers: replace quadratic self-attention with a linear-cost two-dimensional line scan."""
+
+from .version import __version__
+
+__all__ = ["__version__"]
