@@ -1,0 +1,1 @@
+"""Custom diffusers pipelines, loadable with `custom_pipeline=`; installed as `gspn2_diffusion.pipelines`."""
