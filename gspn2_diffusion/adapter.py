@@ -46,14 +46,19 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
             _place(self, name, GSPN2Layer(widths["channels"], widths["out_channels"], config))
 
     @property
+    def base_class(self) -> str:
+        """Class name of the model the layers belong to."""
+        return self.config["base_class"]
+
+    @property
     def operator_config(self) -> GSPN2Config:
         """The options that every layer shares."""
-        return GSPN2Config.from_dict(self.config.operator)
+        return GSPN2Config.from_dict(self.config["operator"])
 
     @property
     def layer_names(self) -> list[str]:
         """Names of the attentions that the layers replace, in the base model's order."""
-        return list(self.config.layers)
+        return list(self.config["layers"])
 
     def layer(self, name: str) -> GSPN2Layer:
         """The layer that replaces the attention `name`."""
@@ -68,8 +73,8 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
             ValueError: the weights do not have the names and shapes that its config gives; nothing is filled in.
         """
         path = Path(pretrained_model_name_or_path)
-        if path.is_dir() and not (path / cls.config_name).is_file():
-            raise OSError(f"{path} has no {cls.config_name}; pass a folder written by GSPN2Adapter.save_pretrained.")
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise OSError(f"{path} has no config.json; pass a folder written by GSPN2Adapter.save_pretrained.")
         try:
             adapter, report = super().from_pretrained(
                 pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs

@@ -7,14 +7,15 @@ import json
 import pickle
 
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
-from test_layer import layer_in_loops
 
 from gspn2_diffusion import GSPN2Adapter, GSPN2Config, apply_gspn2, gspn2_disabled, remove_gspn2, supported_models
 from gspn2_diffusion.patching import patched_modules
 from gspn2_diffusion.patching.families import FAMILIES, find_model
+
+from . import tiny_models
+from .test_layer import layer_in_loops
 
 
 def everything(model):

@@ -104,7 +104,7 @@ def gspn2_disabled(pipe_or_model: Any) -> Iterator[None]:
             state.enabled = enabled
 
 
-def patched_modules(model: nn.Module) -> list[tuple[str, nn.Module, PatchState]]:
+def patched_modules(model: nn.Module) -> list[tuple[str, Any, PatchState]]:
     """(name, attention module, state) of every replaced attention of a model."""
     return [(name, module, vars(module)[STATE]) for name, module in model.named_modules() if STATE in vars(module)]
 
@@ -151,7 +151,7 @@ def _side(model: nn.Module, site: Site, config: GSPN2Config) -> int:
 
 
 def _check_fits(adapter: GSPN2Adapter, model: nn.Module, sites: dict[str, Site]) -> None:
-    base = adapter.config.base_class
+    base = adapter.base_class
     family = family_of(model)
     if base not in (type(model).__name__, family.model_class if family else None):
         raise ValueError(
@@ -180,7 +180,7 @@ def _attach(model: nn.Module, family: Family, sites: list[Site], adapter: GSPN2A
     hooked_blocks = set()
     try:
         for site in sites:
-            attention = model.get_submodule(site.name)
+            attention: Any = model.get_submodule(site.name)
             if site.scope not in records:
                 record = records[site.scope] = GridRecord(site.scope)
                 model.get_submodule(site.scope).register_forward_pre_hook(
@@ -204,7 +204,7 @@ def _attach(model: nn.Module, family: Family, sites: list[Site], adapter: GSPN2A
         raise
 
 
-def attention_matrices(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def attention_matrices(attention: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """W_v (inner, C), W_o (C_out, inner) and the value bias (inner,) or None of an attention module."""
     value = dense_weight(attention.to_v)
     bias = getattr(attention.to_v, "base_layer", attention.to_v).bias
@@ -215,6 +215,6 @@ def attention_matrices(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _float_type(weight: torch.Tensor) -> torch.dtype:
-    return (
-        weight.dtype if weight.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64) else torch.float32
-    )
+    """The type for new layers beside `weight`: its own, or float32 beside a quantised or float8 one."""
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    return weight.dtype if weight.dtype in floats else torch.float32
