@@ -101,7 +101,7 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
         return adapter
 
 
-def _place(root: nn.Module, name: str, layer: GSPN2Layer) -> None:
+def _place(root: Any, name: str, layer: GSPN2Layer) -> None:
     """Registers `layer` under the dotted name the attention has in its model, so that state_dict keys agree."""
     parent = root
     for part in name.split("."):
