@@ -4,27 +4,34 @@ VENV ?= .venv
 # The pinned CPU-friendly build; set TORCH=torch (or a CUDA wheel of your choice) to use another.
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+PROMPTS ?= "a large red circle above a small blue square" \
+	"two small yellow triangles, on a purple background" \
+	"a large green star to the left of a small orange diamond"
 
-.PHONY: install test quality format clean
+.PHONY: demo test quality format clean
 
-$(VENV)/.installed: pyproject.toml setup.py
+$(VENV)/.base: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[train,dev]"
+	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-install: $(VENV)/.installed
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/python -m pip install -q -e ".[demo,train,dev]"
+	touch $@
 
-test: install
+demo: $(VENV)/.base
+	$(BIN)/gspn2 generate --compare --out outputs $(PROMPTS)
+
+test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
 
-quality: install
+quality: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

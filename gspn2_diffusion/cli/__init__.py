@@ -1,0 +1,41 @@
+"""`gspn2`, the command line. Each command is a module with `add_arguments(parser)` and `run(args)`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from ..version import __version__
+
+COMMANDS = {
+    "generate": "make pictures from prompts",
+    "info": "show versions, the device, which kernel would run, and supported models",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns the exit status (2 for a mistake that the user can mend, 130 for Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="gspn2", description="Linear-cost attention for diffusers pipelines.")
+    parser.add_argument("--version", action="version", version=f"gspn2 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    # Only the chosen command's module is imported: torch takes seconds.
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    for name, help_text in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        if name == chosen:
+            module = importlib.import_module(f".{name}", __name__)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    from ..loading import UserError
+
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"gspn2 {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ngspn2 {args.command}: interrupted.", file=sys.stderr)
+        return 130

@@ -1,0 +1,90 @@
+"""`gspn2 generate "a red circle above a blue square"`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ..loading import UserError, check_size, default_size, writable_folder
+from ..patching import gspn2_disabled
+from ..pictures import side_by_side
+from ..png_info import save_png
+from .arguments import add_pipeline_arguments, load, whole_number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", help="one or more prompts, each in quotes")
+    add_pipeline_arguments(parser)
+    parser.add_argument("--negative-prompt", help="what should not be in the picture")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the first picture; the next adds 1")
+    parser.add_argument("--height", type=whole_number(1), help="in pixels (default: the model's)")
+    parser.add_argument("--width", type=whole_number(1), help="in pixels (default: the model's)")
+    parser.add_argument("--num-images", type=whole_number(1), default=1, help="pictures for each prompt")
+    parser.add_argument("--compare", action="store_true", help="put attention's picture, same seed, beside GSPN-2's")
+    parser.add_argument("--out", default="outputs", help="folder, or a .png file for a single picture")
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = [prompt for prompt in args.prompt if prompt.strip()]
+    if not prompts:
+        raise UserError('There is no prompt; give one, such as gspn2 generate "a red circle above a blue square".')
+    jobs = [(prompt, args.seed + index) for prompt in prompts for index in range(args.num_images)]
+    single = Path(args.out) if args.out.lower().endswith(".png") else None
+    if single and len(jobs) > 1:
+        raise UserError(f"--out names one file for {len(jobs)} pictures; give a folder.")
+    folder = writable_folder(single.parent if single else args.out)
+    pipe, adapter = load(args)
+    if args.compare and adapter is None:
+        raise UserError("--compare needs an adapter to compare with attention; leave --adapter none out.")
+    check_size(pipe, args.height, args.width)
+    height, width = args.height or default_size(pipe)[0], args.width or default_size(pipe)[1]
+
+    # Under `accelerate launch` each process takes its share of the pictures.
+    with PartialState().split_between_processes(jobs) as share:
+        for prompt, seed in share:
+            parameters = {
+                "prompt": prompt,
+                "negative_prompt": args.negative_prompt,
+                "seed": seed,
+                "steps": args.steps,
+                "guidance_scale": args.guidance_scale,
+                "height": height,
+                "width": width,
+                "model": str(args.model),
+                "adapter": None if adapter is None else str(args.adapter or "default"),
+            }
+            started = time.perf_counter()
+            picture = paint(pipe, parameters)
+            seconds = time.perf_counter() - started
+            if args.compare:
+                with gspn2_disabled(pipe):
+                    teacher = paint(pipe, parameters)
+                picture = side_by_side([("attention", teacher), ("GSPN-2", picture)])
+            path = single or folder / f"{slug(prompt)}-{seed}.png"
+            save_png(picture, path, parameters)
+            print(f"{path}  ({seconds:.1f} s)", flush=True)
+    return 0
+
+
+def paint(pipe: Any, parameters: dict[str, Any]) -> Any:
+    """One PIL picture. The noise comes from a CPU generator, so a seed means the same on every device."""
+    return pipe(
+        prompt=parameters["prompt"],
+        negative_prompt=parameters["negative_prompt"],
+        num_inference_steps=parameters["steps"],
+        guidance_scale=parameters["guidance_scale"],
+        height=parameters["height"],
+        width=parameters["width"],
+        generator=torch.Generator("cpu").manual_seed(parameters["seed"]),
+    ).images[0]
+
+
+def slug(prompt: str, length: int = 60) -> str:
+    """A file name out of a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].rstrip("-") or "picture"

@@ -1,0 +1,131 @@
+"""Opening a pipeline and its adapter by name: what the command line, the demo and the evaluation share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from packaging.version import Version
+
+from .adapter import GSPN2Adapter
+from .layers import GSPN2Config
+from .patching import apply_gspn2
+
+SHIPPED = "tiny-scenes"
+ATTENTION = "none"
+# diffusers renamed the argument; the old name warns in the new version, the new one is unknown to the old.
+DTYPE_KEY = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message states the fact and the remedy."""
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """`name`, checked; None is CUDA where there is one, else Apple's GPU, else the CPU.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"Device {name!r} is not one that PyTorch knows; use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("CUDA was asked for but PyTorch sees no CUDA device; use --device cpu or install a CUDA build.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{name} was asked for but there are {torch.cuda.device_count()} CUDA devices, from cuda:0.")
+    return device
+
+
+def load_pipeline(
+    model: str | os.PathLike[str] = SHIPPED,
+    adapter: str | os.PathLike[str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    config: GSPN2Config | None = None,
+) -> tuple[Any, GSPN2Adapter | None]:
+    """Loads a diffusers pipeline and patches it.
+
+    Args:
+        model: `"tiny-scenes"` for the shipped model, a folder or a hub id.
+        adapter: a folder or hub id; `"none"` leaves attention in place; None takes the shipped adapter for the shipped
+            model and starts untrained layers (with a warning) for any other.
+        device: where to; None picks by `pick_device`.
+        dtype: None is float32 on the CPU and float16 elsewhere.
+
+    Returns:
+        The pipeline, and the adapter or None.
+
+    Raises:
+        UserError: the model or the adapter is not there or cannot be read.
+    """
+    from .assets import tiny_adapter_path, tiny_scenes_path
+
+    device = device if isinstance(device, torch.device) else pick_device(device)
+    shipped = str(model) == SHIPPED
+    path = tiny_scenes_path() if shipped else model
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, use_safetensors=True, **{DTYPE_KEY: dtype})
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model {model} could not be loaded: {_first_sentence(error)}") from error
+    if isinstance(adapter, str) and adapter == ATTENTION:
+        return pipe.to(device), None
+    if adapter is None and shipped and config is None:
+        adapter = tiny_adapter_path()
+    try:
+        loaded = apply_gspn2(pipe, adapter, config=config)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"The adapter could not be applied: {_first_sentence(error)}") from error
+    return pipe.to(device), loaded
+
+
+def check_size(pipe: Any, height: int | None, width: int | None) -> None:
+    """Raises UserError unless the sides are positive multiples of the pipeline's step."""
+    step = getattr(pipe, "vae_scale_factor", 8)
+    # Transformers also cut the latent into patches.
+    patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", None)
+    step *= patch if isinstance(patch, int) else 1
+    for name, side in (("height", height), ("width", width)):
+        if side is not None and (side < 1 or side % step):
+            near = max(step, round(side / step) * step)
+            raise UserError(f"{name} is {side}; this model needs a multiple of {step}, such as {near}.")
+
+
+def default_size(pipe: Any) -> tuple[int, int]:
+    """(height, width) in pixels that the pipeline makes when not told otherwise."""
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    sample = model.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def writable_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder, made if need be and tried with a file.
+
+    Raises:
+        UserError: it cannot be written to.
+    """
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"The folder {path} cannot be written to ({error.strerror}); choose another.") from error
+    return path
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

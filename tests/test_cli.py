@@ -1,0 +1,103 @@
+"""The command line on a tiny real pipeline saved to a folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gspn2_diffusion import GSPN2Config, apply_gspn2
+from gspn2_diffusion.cli import main
+from gspn2_diffusion.png_info import read_png
+
+from . import tiny_models
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_models.sd_pipe().save_pretrained(folder / "pipe")
+    pipe = tiny_models.sd_pipe()
+    apply_gspn2(pipe, config=GSPN2Config(init="random")).save_pretrained(folder / "adapter")
+    return ["--model", str(folder / "pipe"), "--adapter", str(folder / "adapter")]
+
+
+def generate(*arguments):
+    return main(["generate", *arguments, "--device", "cpu", "--steps", "2"])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_a_picture_with_its_parameters(model, tmp_path, capsys):
+    assert generate("a b", *model, "--height", "32", "--width", "48", "--seed", "3", "--out", str(tmp_path)) == 0
+    path = tmp_path / "a-b-3.png"
+    assert str(path) in capsys.readouterr().out
+    assert pixels(path).shape == (32, 48, 3)
+    parameters = read_png(path)
+    assert (parameters["prompt"], parameters["seed"], parameters["height"], parameters["width"]) == ("a b", 3, 32, 48)
+
+
+def test_the_seed_makes_the_picture_and_the_adapter_changes_it(model, tmp_path):
+    for folder in ("one", "two"):
+        generate("a", *model, "--out", str(tmp_path / folder), "--num-images", "2")
+    assert (pixels(tmp_path / "one/a-0.png") == pixels(tmp_path / "two/a-0.png")).all()
+    assert (pixels(tmp_path / "one/a-0.png") != pixels(tmp_path / "one/a-1.png")).any()
+    generate("a", *model[:2], "--adapter", "none", "--out", str(tmp_path / "attention"))
+    assert (pixels(tmp_path / "one/a-0.png") != pixels(tmp_path / "attention/a-0.png")).any()
+
+
+def test_compare_shows_both(model, tmp_path):
+    """Cut out of the comparison, the two pictures are those made alone."""
+    generate("a", *model, "--compare", "--out", str(tmp_path / "both.png"))
+    generate("a", *model, "--out", str(tmp_path / "student.png"))
+    generate("a", *model[:2], "--adapter", "none", "--out", str(tmp_path / "teacher.png"))
+    both, student, teacher = (pixels(tmp_path / f"{name}.png") for name in ("both", "student", "teacher"))
+    rows, columns = student.shape[:2]
+    top = both.shape[0] - rows - 8
+    assert (both[top : top + rows, 8 : 8 + columns] == teacher).all()
+    assert (both[top : top + rows, 16 + columns : 16 + 2 * columns] == student).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "There is no prompt"),
+        (["  "], "There is no prompt"),
+        (["a", "--height", "33"], "height is 33; this model needs a multiple of"),
+        (["a", "--model", "/nowhere/at/all"], "could not be loaded"),
+        (["a", "--adapter", "/nowhere/at/all"], "adapter could not be applied"),
+        (["a", "--out", "/dev/null/folder"], "cannot be written to"),
+        (["a", "b", "--out", "one.png"], "names one file for 2 pictures"),
+        (["a", "--device", "cuda"], "CUDA was asked for"),
+        (["a", "--device", "toaster"], "is not one that PyTorch knows"),
+        (["a", "--adapter", "none", "--compare"], "needs an adapter"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mistakes_are_explained_in_a_sentence_and_nothing_is_written(
+    model, tmp_path, monkeypatch, capsys, arguments, message
+):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    assert main(["generate", *model, *arguments, *device, "--steps", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("gspn2 generate: ")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("option", [["--steps", "-1"], ["--steps", "x"], ["--hieght", "64"], ["--seed", "-1"]], ids=str)
+def test_misspelt_and_impossible_options_are_refused(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "a", *option])
+    assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
+
+
+def test_info_lists_what_there_is(capsys):
+    assert main(["info", "--device", "cpu"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and "UNet2DConditionModel" in text and "Scan:" in text
