@@ -10,6 +10,7 @@ from ..version import __version__
 
 COMMANDS = {
     "generate": "make pictures from prompts",
+    "demo": "paint in the browser",
     "info": "show versions, the device, which kernel would run, and supported models",
 }
 

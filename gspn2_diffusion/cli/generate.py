@@ -72,8 +72,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def paint(pipe: Any, parameters: dict[str, Any]) -> Any:
-    """One PIL picture. The noise comes from a CPU generator, so a seed means the same on every device."""
+def paint(pipe: Any, parameters: dict[str, Any], **more: Any) -> Any:
+    """One PIL picture. The noise comes from a CPU generator, so a seed means the same on every device.
+
+    `more` goes to the pipeline, such as `callback_on_step_end`.
+    """
     return pipe(
         prompt=parameters["prompt"],
         negative_prompt=parameters["negative_prompt"],
@@ -82,6 +85,7 @@ def paint(pipe: Any, parameters: dict[str, Any]) -> Any:
         height=parameters["height"],
         width=parameters["width"],
         generator=torch.Generator("cpu").manual_seed(parameters["seed"]),
+        **more,
     ).images[0]
 
 

@@ -72,21 +72,23 @@ class GSPN2Layer(nn.Module):
 
     def scan(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         """(B, H * W, C) -> (B, H * W, K * D), or (B, H * W, D) with merge "sum": the part before `scan_out`."""
-        config, directions = self.config, len(self.config.directions)
-        features = self.scan_in(hidden_states).unflatten(1, (height, width))
-        x, lam, u, logits, _ = features.split((*self.sizes, features.shape[-1] - sum(self.sizes)), dim=-1)
-        gates = (self.gate_directions, self.width)
+        config = self.config
         y = gspn2_scan(
-            x,
-            lam.unflatten(-1, gates),
-            u.unflatten(-1, gates),
-            logits.unflatten(-1, (directions, config.groups, 3)),
+            *self.scan_inputs(hidden_states, height, width),
             directions=config.directions,
             normalizer=config.normalizer,
             segment=config.segment,
             merge=config.merge,
         )
         return y.flatten(3).flatten(1, 2) if config.merge == "concat" else y.flatten(1, 2)
+
+    def scan_inputs(self, hidden_states: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The scan's x, lam, u and logits (see `gspn2_scan`), views of one tensor."""
+        features = self.scan_in(hidden_states).unflatten(1, (height, width))
+        x, lam, u, logits, _ = features.split((*self.sizes, features.shape[-1] - sum(self.sizes)), dim=-1)
+        gates = (self.gate_directions, self.width)
+        taps = (len(self.config.directions), self.config.groups, 3)
+        return x, lam.unflatten(-1, gates), u.unflatten(-1, gates), logits.unflatten(-1, taps)
 
     def scaled_out_weight(self, height: int, width: int) -> Tensor:
         """`scan_out`'s weight with each direction divided by the number of lines it runs over."""
