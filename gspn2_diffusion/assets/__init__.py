@@ -1,4 +1,4 @@
-"""What is shipped: a tiny text-to-image pipeline trained on scenes, and its GSPN-2 adapter."""
+"""What is shipped: a tiny text-to-image pipeline trained on scenes, its GSPN-2 adapter, and SceneEval's prompts."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def tiny_scenes_path() -> Path:
 def tiny_adapter_path() -> Path:
     """Folder of the shipped pipeline's GSPN2Adapter."""
     return Path(__file__).parent / "tiny-scenes-gspn2"
+
+
+def scene_eval_prompts_path() -> Path:
+    """The 600 held-out prompts, one JSON object (`category`, `prompt`) a line."""
+    return Path(__file__).parent / "scene_eval_prompts.jsonl"

@@ -1,0 +1,49 @@
+"""Put the trained parts together as a half-precision `StableDiffusionPipeline`.
+
+python examples/tiny_model/export.py --run outputs/tiny --out gspn2_diffusion/assets/tiny-scenes
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from models import make_scheduler, make_tokenizer, make_unet
+from train import encode_all, stage_weights, trained_text_encoder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="the --out of train.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pipeline; replaced if it is there")
+    parser.add_argument("--no_ema", action="store_true", help="the last weights instead of their running average")
+    args = parser.parse_args()
+    _, vae = encode_all(argparse.Namespace(out=args.run), Accelerator(cpu=True))
+    tokenizer = make_tokenizer(args.run / "tokenizer")
+    unet = make_unet()
+    unet.load_state_dict(stage_weights(args.run / "unet", ema=not args.no_ema))
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=trained_text_encoder(argparse.Namespace(out=args.run), tokenizer),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    shutil.rmtree(args.out, ignore_errors=True)
+    pipe.to(torch.float16).save_pretrained(args.out)
+    # Stored in half, loaded in single precision unless asked otherwise, like the VAE and the UNet.
+    config = args.out / "text_encoder" / "config.json"
+    fields = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("dtype", "torch_dtype")}
+    config.write_text(json.dumps(fields | {"torch_dtype": "float32"}, indent=2) + "\n")
+    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
+    print(f"{args.out}: {size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""Train the shipped model from scratch on an image folder of scenes, stage by stage: VAE, text, teacher.
+
+    python examples/scenes/scenes.py --out outputs/scenes --num 40000
+    accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny --stage vae --steps 2500
+    accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny --stage text --steps 600
+    accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny --stage unet --steps 8000
+    python examples/tiny_model/export.py --run outputs/tiny --out gspn2_diffusion/assets/tiny-scenes
+
+A stage that is started again goes on from its last checkpoint. Losses are appended to `OUT/STAGE.jsonl`.
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from models import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
+from muon import MuonAdamW, parameter_groups
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from gspn2_diffusion.evaluation.vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    PATTERNS,
+    PLURALS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    parse_prompt,
+)
+
+
+class Folder:
+    """An image folder with `metadata.jsonl`: captions, and pictures as uint8 (N, 128, 128, 3) decoded once."""
+
+    def __init__(self, root: Path, limit: int | None = None):
+        self.root = root
+        lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()][:limit]
+        self.files = [line["file_name"] for line in lines]
+        self.captions = [line["text"] for line in lines]
+
+    def pictures(self) -> torch.Tensor:
+        with ThreadPoolExecutor(4) as pool:
+            read = pool.map(lambda name: np.asarray(Image.open(self.root / name).convert("RGB")), self.files)
+            return torch.from_numpy(np.stack(list(tqdm(read, total=len(self.files), desc="pictures"))))
+
+
+def stage_weights(folder: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+    """The model's weights of a stage's last checkpoint; with `ema` their running average."""
+    tensors = load_file(folder / "checkpoint.safetensors")
+    names = [k for k in tensors if k.startswith("model.")]
+    weights = {k[6:]: tensors[k] for k in names}
+    if ema:
+        # The average holds parameters only, in the module's order, which the file does not keep.
+        order = json.loads((folder / "state.json").read_text())["parameters"]
+        weights |= {name: tensors[f"ema.{i}"] for i, name in enumerate(order)}
+    return weights
+
+
+def to_model(pictures: torch.Tensor, device) -> torch.Tensor:
+    return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Run:
+    """Checkpoints (safetensors, optimizer included), the learning rate's schedule and the log of one stage."""
+
+    def __init__(self, args, model: nn.Module, optimizer: MuonAdamW, accelerator: Accelerator):
+        self.args, self.model, self.optimizer, self.accelerator = args, model, optimizer, accelerator
+        self.ema = EMAModel(model.parameters(), decay=args.ema, use_ema_warmup=True, power=0.75) if args.ema else None
+        self.folder = args.out / args.stage
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.step = 0
+        if (self.folder / "state.json").exists():
+            self.load()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        out = {f"model.{k}": v for k, v in self.accelerator.unwrap_model(self.model).state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            out |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        if self.ema:
+            out |= {f"ema.{i}": p for i, p in enumerate(self.ema.shadow_params)}
+        return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
+
+    def save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        names = [name for name, _ in self.accelerator.unwrap_model(self.model).named_parameters()]
+        temporary = self.folder / "checkpoint.part"
+        save_file(self.tensors(), temporary)
+        temporary.replace(self.folder / "checkpoint.safetensors")
+        (self.folder / "state.json").write_text(json.dumps({"step": self.step, "parameters": names}))
+
+    def load(self) -> None:
+        self.step = json.loads((self.folder / "state.json").read_text())["step"]
+        tensors = load_file(self.folder / "checkpoint.safetensors", device=str(self.accelerator.device))
+        part = lambda name: {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}  # noqa: E731
+        self.accelerator.unwrap_model(self.model).load_state_dict(part("model"))
+        state = self.optimizer.state_dict()
+        state["state"] = {}
+        for name, value in part("optimizer").items():
+            i, key = name.split(".")
+            state["state"].setdefault(int(i), {})[key] = value
+        self.optimizer.load_state_dict(state)
+        if self.ema:
+            for i, value in part("ema").items():
+                self.ema.shadow_params[int(i)].copy_(value)
+            self.ema.optimization_step = self.step
+
+    def generators(self):
+        """Each step's own generators, so that a resumed run sees what an uninterrupted one would."""
+        seed = [self.args.seed, self.accelerator.process_index, self.step]
+        rng = np.random.default_rng(seed)
+        return rng, torch.Generator(self.accelerator.device).manual_seed(int(rng.integers(2**62)))
+
+    def rate(self) -> float:
+        """Linear warm-up, then linear decay to nothing."""
+        warm = min(1.0, (self.step + 1) / self.args.warmup)
+        left = (self.args.steps - self.step) / max(self.args.steps * self.args.decay, 1)
+        return min(warm, left)
+
+    def train(self, loss_of) -> None:
+        """Run `loss_of(rng, generator) -> (loss, figures)` until the last step or until the time is up."""
+        started, log = time.monotonic(), []
+        bar = tqdm(
+            initial=self.step,
+            total=self.args.steps,
+            desc=self.args.stage,
+            disable=not self.accelerator.is_main_process,
+            mininterval=10,
+        )
+        with open(self.args.out / f"{self.args.stage}.jsonl", "a") as file:
+            while self.step < self.args.steps and time.monotonic() - started < self.args.minutes * 60:
+                for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                    group["lr"] = rate * self.rate()
+                loss, figures = loss_of(*self.generators())
+                self.accelerator.backward(loss)
+                norm = self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.ema:
+                    self.ema.step(self.model.parameters())
+                self.step += 1
+                bar.update()
+                log.append({"loss": loss.item(), "norm": float(norm), **figures})
+                if self.step % self.args.log_every == 0 and self.accelerator.is_main_process:
+                    mean = {k: round(sum(entry[k] for entry in log) / len(log), 5) for k in log[0]}
+                    seconds = round(time.monotonic() - started, 1)
+                    file.write(json.dumps({"step": self.step, "seconds": seconds, **mean}) + "\n")
+                    file.flush()
+                    bar.set_postfix(mean)
+                    log.clear()
+                if self.step % self.args.save_every == 0:
+                    self.save()
+        self.save()
+
+
+def train_vae(args, accelerator: Accelerator) -> None:
+    """Crops for the first four fifths (four times cheaper), whole pictures for the last."""
+    pictures = Folder(args.data, args.limit or 8000).pictures()
+    model = make_vae()
+    model, optimizer = accelerator.prepare(model, MuonAdamW(parameter_groups(model, lr=args.lr)))
+    run = Run(args, model, optimizer, accelerator)
+    vae = accelerator.unwrap_model(model)
+
+    def loss_of(rng, generator):
+        whole = run.step >= 0.8 * args.steps
+        size, batch = (128, max(args.batch // 4, 1)) if whole else (64, args.batch)
+        index = rng.integers(len(pictures), size=batch)
+        corners = rng.integers(0, 128 - size + 1, size=(batch, 2))
+        crops = [pictures[i, y : y + size, x : x + size] for i, (y, x) in zip(index, corners, strict=True)]
+        x = to_model(torch.stack(crops), accelerator.device)
+        posterior = vae.encode(x).latent_dist
+        restored = vae.decode(posterior.sample(generator)).sample
+        error = (restored.float() - x).abs().mean() + (restored.float() - x).square().mean()
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        figures = {"error": error.item(), "kl": kl.item(), "std": posterior.std.mean().item(), "size": size}
+        return error + args.kl * kl, figures
+
+    run.train(loss_of)
+
+
+NOUNS = {word: i for i, word in enumerate(SHAPES)} | {word: SHAPES.index(shape) for word, shape in PLURALS.items()}
+ATTRIBUTES = {"shape": SHAPES, "colour": (None, *COLOURS), "size": (None, *SIZES), "count": (1, 2, 3, 4)}
+SCENE = {"relation": (None, *RELATIONS), "background": (None, *BACKGROUNDS), "pattern": (None, *PATTERNS)}
+IGNORE = -100
+
+
+class TextReader(nn.Module):
+    """Heads that read a caption's meaning off the text encoder: each noun's own attributes and its group's place where
+    the noun stands (causal attention: what was said so far), everything at the end of the text.
+
+    Learning to bind words to one another is cheap here and dear in the diffusion loss. The heads are thrown away.
+    """
+
+    def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer):
+        super().__init__()
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.nouns = {tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in NOUNS}
+        width = encoder.config.hidden_size
+        own = [len(values) for values in ATTRIBUTES.values()] + [len(RELATIONS) + 1, 2]
+        whole = [len(values) + 1 for values in ATTRIBUTES.values()] * 2 + [len(values) for values in SCENE.values()]
+        self.own_sizes, self.whole_sizes = own, whole
+        self.own, self.whole = nn.Linear(width, sum(own)), nn.Linear(width, sum(whole))
+
+    def targets(self, caption: str, ids: list[int]) -> tuple[list[list[int]], list[int]]:
+        claims = parse_prompt(caption)
+        described = [[values.index(getattr(g, k)) for k, values in ATTRIBUTES.items()] for g in claims.groups]
+        relation = SCENE["relation"].index(claims.relation)
+        places = [i for i, token in enumerate(ids) if token in self.nouns]
+        own = [[IGNORE] * len(self.own_sizes) for _ in ids]
+        for order, (place, attributes) in enumerate(zip(places, described, strict=True)):
+            own[place] = [*attributes, relation if order else 0, order]
+        absent = [[len(values) for values in ATTRIBUTES.values()]] * (2 - len(described))
+        scene = [values.index(getattr(claims, k)) for k, values in SCENE.items()]
+        return own, [*(value for attributes in described + absent for value in attributes), *scene]
+
+    def forward(self, captions: list[str]) -> torch.Tensor:
+        """Mean cross-entropy of all claims."""
+        device = self.own.weight.device
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+        own, whole = zip(*(self.targets(c, ids) for c, ids in zip(captions, tokens.tolist(), strict=True)), strict=True)
+        hidden = self.encoder(tokens.to(device))[0]
+        own, whole = torch.tensor(own, device=device), torch.tensor(whole, device=device)
+        end = (tokens == self.tokenizer.eos_token_id).int().argmax(1).to(device)
+        # The end of the text and the padding after it: all that cross-attention may read the whole meaning from.
+        after = torch.arange(tokens.shape[1], device=device)[None] >= end[:, None]
+        whole = whole[:, None].expand(-1, tokens.shape[1], -1).masked_fill(~after[..., None], IGNORE)
+        losses = []
+        for head, sizes, target in ((self.own, self.own_sizes, own), (self.whole, self.whole_sizes, whole)):
+            for i, logits in enumerate(head(hidden).float().split(sizes, -1)):
+                losses.append(F.cross_entropy(logits.flatten(0, 1), target[..., i].flatten(), ignore_index=IGNORE))
+        return torch.stack(losses).mean()
+
+
+def train_text(args, accelerator: Accelerator) -> None:
+    """The text encoder learns to bind attributes to nouns from captions alone."""
+    captions = Folder(args.data, args.limit).captions
+    tokenizer = make_tokenizer(args.out / "tokenizer")
+    reader = TextReader(make_text_encoder(tokenizer), tokenizer)
+    reader, optimizer = accelerator.prepare(reader, MuonAdamW(parameter_groups(reader, lr=args.lr)))
+    run = Run(args, reader, optimizer, accelerator)
+
+    def loss_of(rng, generator):
+        return reader([captions[i] for i in rng.integers(len(captions), size=args.batch)]), {}
+
+    run.train(loss_of)
+
+
+@torch.no_grad()
+def encode_all(args, accelerator: Accelerator) -> tuple[torch.Tensor, AutoencoderKL]:
+    """Latents of every picture, and the VAE with its latent channels brought to mean 0 and deviation 1 (exactly, in the
+    1 x 1 convolutions around them: `StableDiffusionPipeline` knows a scale but no shift)."""
+    cache = args.out / "latents.safetensors"
+    vae = make_vae()
+    vae.load_state_dict(stage_weights(args.out / "vae"))
+    vae.to(accelerator.device).eval()
+    if cache.exists():
+        kept = load_file(cache)
+        latents, mean, std = kept["latents"], kept["mean"], kept["std"]
+    else:
+        pictures = Folder(args.data, args.limit).pictures()
+        batches = tqdm(pictures.split(64), desc="latents")
+        latents = torch.cat([vae.encode(to_model(p, accelerator.device)).latent_dist.mean.cpu() for p in batches])
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        latents = ((latents - mean[:, None, None]) / std[:, None, None]).half().contiguous()
+        if accelerator.is_main_process:
+            save_file({"latents": latents, "mean": mean, "std": std}, cache)
+    mean, std = mean.to(accelerator.device), std.to(accelerator.device)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    scale = torch.cat([1 / std, torch.ones_like(std)])
+    before.weight.mul_(scale[:, None, None, None])
+    before.bias.copy_(torch.cat([(before.bias[:4] - mean) / std, before.bias[4:] - 2 * std.log()]))
+    after.bias.add_(after.weight[:, :, 0, 0] @ mean)
+    after.weight.mul_(std[None, :, None, None])
+    return latents, vae
+
+
+def trained_text_encoder(args, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    encoder = make_text_encoder(tokenizer)
+    weights = stage_weights(args.out / "text")
+    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")})
+    return encoder.eval()
+
+
+def train_unet(args, accelerator: Accelerator) -> None:
+    """The teacher: v-prediction on cached latents and embeddings; a tenth of the captions is dropped for guidance."""
+    captions = Folder(args.data, args.limit).captions
+    latents, _ = encode_all(args, accelerator)
+    tokenizer = make_tokenizer(args.out / "tokenizer")
+    encoder = trained_text_encoder(args, tokenizer).to(accelerator.device)
+    # The last caption is the empty one.
+    tokens = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        states = torch.cat([encoder(part.to(accelerator.device))[0].cpu().half() for part in tokens.split(500)])
+    model = make_unet()
+    model, optimizer = accelerator.prepare(model, MuonAdamW(parameter_groups(model, lr=args.lr)))
+    run = Run(args, model, optimizer, accelerator)
+    forward = torch.compile(model) if args.compile else model
+    scheduler = make_scheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)
+    total = scheduler.config.num_train_timesteps
+
+    def loss_of(rng, generator):
+        index = torch.from_numpy(rng.integers(len(latents), size=args.batch))
+        x = latents[index].to(accelerator.device).float()
+        text = states[index.masked_fill(torch.from_numpy(rng.random(args.batch) < args.drop), len(captions))]
+        # Stratified, and denser at high noise, where the caption decides what is drawn.
+        u = (torch.from_numpy(rng.permutation(args.batch)) + torch.from_numpy(rng.random(args.batch))) / args.batch
+        timesteps = (u**0.75 * total).long().clamp(0, total - 1).to(accelerator.device)
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        target = scheduler.get_velocity(x, noise, timesteps)
+        predicted = forward(scheduler.add_noise(x, noise, timesteps), timesteps, text.to(x.device).float()).sample
+        each = (predicted.float() - target).square().mean((1, 2, 3))
+        high = timesteps > 0.7 * total
+        return each.mean(), {"high_noise": each[high].mean().item(), "low_noise": each[~high].mean().item()}
+
+    run.train(loss_of)
+
+
+STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet}
+DEFAULTS = {
+    "vae": {"batch": 16, "lr": 3e-3, "ema": 0.0},
+    "text": {"batch": 128, "lr": 2e-3, "ema": 0.0},
+    "unet": {"batch": 32, "lr": 3e-3, "ema": 0.999},
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="image folder with metadata.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--stage", choices=[*STAGES], required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, with a checkpoint, after this long")
+    parser.add_argument("--limit", type=int, help="use only the first pictures")
+    parser.add_argument("--batch", type=int, help="samples of a step on each process")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--ema", type=float, help="decay of the running average, 0 for none")
+    parser.add_argument("--kl", type=float, default=1e-3, help="weight of the VAE's KL term")
+    parser.add_argument("--drop", type=float, default=0.1, help="share of captions dropped, for guidance")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet stage")
+    parser.add_argument("--warmup", type=int, default=50)
+    parser.add_argument("--decay", type=float, default=0.5, help="share of the steps in which the rate falls to 0")
+    parser.add_argument("--log_every", type=int, default=25)
+    parser.add_argument("--save_every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: what accelerate finds")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    args = parser.parse_args()
+    for name, value in DEFAULTS[args.stage].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "--device cuda was asked for but torch finds no CUDA device; leave it out to train on the CPU."
+        )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+    set_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    STAGES[args.stage](args, accelerator)
+
+
+if __name__ == "__main__":
+    main()
