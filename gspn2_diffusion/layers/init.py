@@ -47,8 +47,10 @@ def teacher_init(layer: GSPN2Layer, value_weight: Tensor, out_weight: Tensor, va
         # A direction that W_o W_v maps to (numerically) nothing cannot carry a bias either.
         shift[singular[:rank] <= singular[0] * 1e-6] = 0
         layer.scan_in.bias[:rank] = shift.to(layer.scan_in.bias)
-    # Each direction alone carries half a mean on average (a line sees the lines before it), hence 2 / K.
-    up = up * (2 / directions)
+    # Each direction alone carries half a mean on average (a line sees the lines before it), hence 2 / K. Where the scan
+    # restarts every s lines it is (s + 1) / 2 lines of s.
+    segment = layer.config.segment
+    up = up * ((2 if segment is None else 2 * segment / (segment + 1)) / directions)
     copies = directions if layer.config.merge == "concat" else 1
     layer.scan_out.weight.copy_(up.repeat(1, copies))
 

@@ -1,0 +1,273 @@
+"""The options of the training scripts: diffusers' flag names, in one dataclass that is checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..layers import GSPN2Config
+
+
+def _help(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainingArguments:
+    """Options shared by `examples/distill.py` and `examples/train_text_to_image.py`.
+
+    Raises:
+        ValueError: an option is out of its range, or two contradict one another; the message names them.
+    """
+
+    # Model
+    pretrained_model_name_or_path: str | None = _help("Pipeline to convert: a folder or a hub id (required).")
+    revision: str | None = _help("Revision of a hub model.")
+    variant: str | None = _help("Variant of the weight files, such as fp16.")
+    adapter: str | None = _help("Start from this trained adapter (folder or hub id) instead of new layers.")
+
+    # New layers (GSPN2Config)
+    init: Literal["teacher", "random"] = _help(
+        "Start new layers from the attention they replace, or at random.", "teacher"
+    )
+    proxy_dim: str = _help("Width of the scan: channels (16) or a ratio of the layer's width (0.125).", "0.125")
+    gates: Literal["per_direction", "shared"] = _help("Gates of each direction, or one pair for all.", "per_direction")
+    groups: int = _help("Weight groups of the scan.", 1)
+    normalizer: Literal["sigmoid", "softmax"] = _help("How the three taps' logits become weights.", "sigmoid")
+    merge: Literal["concat", "sum"] = _help("How the directions are merged.", "concat")
+    segment: int | None = _help("Restart the scan every so many lines; default: global scan.")
+    layers: str | None = _help("Shell pattern of the self-attentions to replace; default: all.")
+    min_side: int = _help("Replace only self-attentions whose map has at least so many tokens on its smaller side.", 0)
+    control: Literal["none"] | None = _help(
+        "'none': the control without token mixing. The same layers with the same parameters, but the scan restarts at "
+        "every line (segment 1), so that no token sees another."
+    )
+
+    # Data
+    train_data_dir: str | None = _help("Image folder with metadata.jsonl (file_name and a caption column).")
+    dataset_name: str | None = _help("Dataset of the hub, or a builder such as webdataset with --data_files.")
+    dataset_config_name: str | None = _help("Configuration of the dataset.")
+    dataset_split: str = _help("Split of the dataset.", "train")
+    data_files: list[str] | None = field(default=None, metadata={"help": "Files for the dataset builder."})
+    image_column: str = _help("Column of the images.", "image")
+    caption_column: str = _help("Column of the captions.", "text")
+    max_train_samples: int | None = _help("Use only the first so many samples.")
+    resolution: int | None = _help("Side in pixels (with buckets: root of the area). Default: the model's own.")
+    aspect_ratio_buckets: bool = _help("Keep each image's aspect ratio, in buckets of equal area.", False)
+    bucket_step: int = _help("Sides of buckets are multiples of this many pixels.", 64)
+    max_aspect_ratio: float = _help("Widest bucket: longer side over shorter side.", 2.0)
+    proportion_empty_prompts: float = _help("Share of samples trained with an empty caption.", 0.1)
+    holdout_samples: int = _help("Samples kept out of training to measure the distance to the teacher.", 16)
+
+    # Pre-encoding
+    cache_dir: str | None = _help("Folder of the encoded latents and captions. Default: OUTPUT_DIR/cache.")
+    cache_dtype: Literal["float16", "bfloat16", "float32"] = _help("Storage type of the cache.", "float16")
+    cache_shard_size: int = _help("Samples in one file of the cache.", 1024)
+    encode_batch_size: int = _help("Samples encoded at a time.", 16)
+    encode_only: bool = _help("Write the cache and stop.", False)
+
+    # Run
+    output_dir: str = _help("Folder of the adapter, checkpoints, log and report.", "outputs/gspn2-adapter")
+    seed: int = _help("Seed of the order, noise, timesteps and caption dropout.", 0)
+    train_batch_size: int = _help("Samples in a forward pass of one process.", 16)
+    gradient_accumulation_steps: int = _help("Forward passes per optimizer step.", 1)
+    max_train_steps: int = _help("Optimizer steps.", 10000)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _help("Default: what accelerate was configured with.")
+    gradient_checkpointing: bool = _help("Recompute activations in backward: less memory, more time.", False)
+    allow_tf32: bool = _help("TensorFloat-32 matrix products on Ampere and later.", False)
+    dataloader_num_workers: int = _help("Processes that read the cache.", 0)
+
+    # Losses
+    noise_loss_weight: float = _help("Weight of the loss against the true noise (or velocity).", 1.0)
+    output_loss_weight: float = _help("Weight of the loss against the teacher's output.", 0.5)
+    layer_loss_weight: float = _help("Weight of the mean loss against the outputs of the teacher's attentions.", 0.5)
+    layerwise_steps: int = _help(
+        "First stage, so many steps: each new layer learns its attention's output from the teacher's own input of that "
+        "layer. Needs no backward pass through the model.",
+        0,
+    )
+    snr_gamma: float | None = _help("Min-SNR weighting of the noise loss (arXiv 2303.09556); 5.0 is usual.")
+    weighting_scheme: Literal["none", "logit_normal", "mode"] = _help(
+        "Density of timesteps for flow-matching models, as in diffusers; 'none' is uniform.", "none"
+    )
+
+    # Optimizer
+    learning_rate: float = _help("Peak learning rate.", 1e-4)
+    layerwise_learning_rate: float | None = _help("Learning rate of the first stage. Default: --learning_rate.")
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = _help("Schedule of the learning rate.", "constant")
+    lr_warmup_steps: int = _help("Steps of linear warm-up.", 0)
+    lr_num_cycles: int = _help("Restarts of cosine_with_restarts.", 1)
+    lr_power: float = _help("Power of polynomial.", 1.0)
+    adam_beta1: float = _help("AdamW's beta1.", 0.9)
+    adam_beta2: float = _help("AdamW's beta2.", 0.999)
+    adam_weight_decay: float = _help("AdamW's weight decay.", 0.0)
+    adam_epsilon: float = _help("AdamW's epsilon.", 1e-8)
+    max_grad_norm: float = _help("Clip gradients to this norm.", 1.0)
+    use_ema: bool = _help("Keep an exponential moving average of the weights, and save that as the adapter.", False)
+    ema_decay: float = _help("Decay of the average.", 0.9999)
+
+    # Checkpoints
+    checkpointing_steps: int = _help("Steps between checkpoints.", 500)
+    checkpoints_total_limit: int | None = _help("Keep only the newest so many checkpoints.")
+    resume_from_checkpoint: str | None = _help("'latest', or a checkpoint's folder.")
+
+    # Watching
+    distance_steps: list[int] = field(
+        default_factory=lambda: [0, 100, 1000],
+        metadata={"help": "Steps at which to measure the distance to the teacher."},
+    )
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts drawn with the teacher and the student while training."}
+    )
+    validation_steps: int = _help("Steps between validations (pictures, and the distance to the teacher).", 500)
+    validation_inference_steps: int = _help("Denoising steps of a validation picture.", 25)
+    validation_guidance_scale: float = _help("Guidance of a validation picture.", 7.5)
+    logging_steps: int = _help("Steps between lines of the log.", 10)
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = _help("Tracker. Default: log.jsonl only.")
+    tracker_project_name: str = _help("Project name in the tracker.", "gspn2")
+
+    def __post_init__(self) -> None:
+        if not self.pretrained_model_name_or_path:
+            raise ValueError("--pretrained_model_name_or_path is missing; pass a pipeline's folder or hub id.")
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError("Pass exactly one of --train_data_dir and --dataset_name.")
+        self._refuse_idle_flags()
+        for name in ("noise_loss_weight", "output_loss_weight", "layer_loss_weight", "layerwise_steps",
+                     "lr_warmup_steps", "holdout_samples", "adam_weight_decay", "dataloader_num_workers"):  # fmt: skip
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
+                     "validation_steps", "logging_steps", "cache_shard_size", "encode_batch_size", "bucket_step",
+                     "validation_inference_steps", "lr_num_cycles"):  # fmt: skip
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name in (
+            "resolution",
+            "max_train_samples",
+            "checkpoints_total_limit",
+            "snr_gamma",
+            "layerwise_learning_rate",
+        ):
+            self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
+        self._check("proportion_empty_prompts", 0 <= self.proportion_empty_prompts <= 1, "from 0 to 1")
+        self._check("max_aspect_ratio", self.max_aspect_ratio >= 1, "at least 1")
+        if not self.noise_loss_weight + self.output_loss_weight + self.layer_loss_weight:
+            raise ValueError("All loss weights are 0; give at least one of them a positive value.")
+        if self.adapter is None:
+            self.operator_config()
+
+    def _check(self, name: str, holds: bool, needs: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name} is {getattr(self, name)}; it must be {needs}.")
+
+    def _refuse_idle_flags(self) -> None:
+        """A flag that would have no effect beside the others is refused rather than ignored."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING}
+
+        def changed(*names: str) -> list[str]:
+            return [f"--{name}" for name in names if getattr(self, name) != defaults[name]]
+
+        layer_options = (
+            "init",
+            "proxy_dim",
+            "gates",
+            "groups",
+            "normalizer",
+            "merge",
+            "segment",
+            "layers",
+            "min_side",
+            "control",
+        )
+        for idle, names, remedy in (
+            (self.adapter is not None, layer_options, "--adapter brings its own options"),
+            (self.control is not None, ("segment",), "--control none sets the segment"),
+            (self.dataset_name is None, ("dataset_config_name", "dataset_split", "data_files", "image_column"),
+             "only --dataset_name reads it"),
+            (not self.aspect_ratio_buckets, ("bucket_step", "max_aspect_ratio"), "pass --aspect_ratio_buckets"),
+            (not self.use_ema, ("ema_decay",), "pass --use_ema"),
+            (not self.validation_prompts, ("validation_inference_steps", "validation_guidance_scale"),
+             "pass --validation_prompts"),
+            (not self.layerwise_steps, ("layerwise_learning_rate",), "pass --layerwise_steps"),
+            (self.report_to is None, ("tracker_project_name",), "pass --report_to"),
+            (self.lr_scheduler == "constant", ("lr_warmup_steps",), "use --lr_scheduler constant_with_warmup"),
+            (self.lr_scheduler != "cosine_with_restarts", ("lr_num_cycles",),
+             "use --lr_scheduler cosine_with_restarts"),
+            (self.lr_scheduler != "polynomial", ("lr_power",), "use --lr_scheduler polynomial"),
+            (not self.noise_loss_weight, ("snr_gamma",), "--noise_loss_weight is 0"),
+        ):  # fmt: skip
+            if idle and (flags := changed(*names)):
+                raise ValueError(f"{', '.join(flags)} would have no effect: {remedy}.")
+
+    def operator_config(self) -> GSPN2Config:
+        """The options of new layers."""
+        proxy_dim: float | int = float(self.proxy_dim) if "." in self.proxy_dim else int(self.proxy_dim)
+        return GSPN2Config(
+            proxy_dim=proxy_dim,
+            gates=self.gates,
+            groups=self.groups,
+            normalizer=self.normalizer,
+            merge=self.merge,
+            segment=1 if self.control == "none" else self.segment,
+            layers=self.layers,
+            min_side=self.min_side,
+            init=self.init,
+        )
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+
+@dataclass
+class TextToImageArguments(TrainingArguments):
+    """`examples/train_text_to_image.py`: the noise loss alone, no teacher."""
+
+    output_loss_weight: float = _help("Weight of the loss against the teacher's output; above 0 it distils.", 0.0)
+    layer_loss_weight: float = _help("Weight of the loss against the outputs of the teacher's attentions.", 0.0)
+
+
+def parse_args(kind: type[TrainingArguments] = TrainingArguments, argv: list[str] | None = None) -> TrainingArguments:
+    """Command line -> options. `--config FILE.yaml` holds any of the flags; those on the command line win.
+
+    A flag or key that does not exist, or an abbreviation of one that does, ends the program with a message.
+    """
+    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", help="YAML file of flags.")
+    first, _ = parser.parse_known_args(argv)
+    if first.config:
+        try:
+            values = yaml.safe_load(Path(first.config).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"--config {first.config} cannot be read: {error}")
+        known = {f.name for f in dataclasses.fields(kind)}
+        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+            parser.error(
+                f"--config {first.config} has unknown keys {unknown if isinstance(values, dict) else values!r}."
+            )
+        # As if typed before the command line, so that types and choices are checked the same way.
+        typed = [part for key, value in values.items() for part in _as_flags(key, value)]
+        argv = typed + (sys.argv[1:] if argv is None else argv)
+    namespace = vars(parser.parse_args(argv))
+    namespace.pop("config")
+    try:
+        return kind(**namespace)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [f"--{key}", *(str(item) for item in values)]

@@ -1,0 +1,216 @@
+"""Checkpoints: written whole or not at all, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..adapter import GSPN2Adapter
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "checkpoint-"
+PARTIAL = ".partial"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [p for p in folder.glob(PREFIX + "*") if p.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]))
+
+
+class Checkpoints:
+    """Saves and restores what a run needs to go on exactly: layers, optimizer, average and step.
+
+    The order of samples and all draws follow from the step (see `sampling`), the learning rate too.
+
+    Args:
+        folder: of the run.
+        accelerator: of the run.
+        step_module: the prepared `StudentStep`.
+        adapter: owner of the trained layers.
+        optimizer: prepared.
+        ema: average of the adapter's parameters, or None.
+        limit: how many checkpoints to keep, None for all.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        step_module: nn.Module,
+        adapter: GSPN2Adapter,
+        optimizer: Any,
+        ema: EMAModel | None,
+        limit: int | None,
+    ) -> None:
+        self.folder, self.accelerator, self.limit = folder, accelerator, limit
+        self.step_module, self.adapter, self.optimizer, self.ema = step_module, adapter, optimizer, ema
+
+    def save(self, step: int) -> None:
+        """Writes `checkpoint-STEP` under another name, then renames it; a kill at any moment leaves the older ones.
+
+        Raises:
+            CheckpointError: it could not be written, say because the disk is full. Older checkpoints are untouched.
+        """
+        tensors, state = self._state(step)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.accelerator.save_state(str(self.folder / f"deepspeed-{step}"))
+        if self.accelerator.is_main_process:
+            final = self.folder / f"{PREFIX}{step}"
+            partial = final.with_name(final.name + PARTIAL)
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                full_copy(self.adapter).save_pretrained(partial / "adapter")
+                save_file(tensors, partial / "optimizer.safetensors")
+                (partial / "state.json").write_text(json.dumps(state, indent=2))
+                _sync(partial)
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(partial, final)
+                _sync_folder(self.folder)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                older = checkpoints(self.folder)
+                kept = f"{older[-1].name} is intact" if older else "no earlier one exists"
+                raise CheckpointError(
+                    f"Checkpoint {step} could not be written to {self.folder} ({error}); {kept}. "
+                    "Free some space and run again with --resume_from_checkpoint latest."
+                ) from error
+            if self.limit is not None:
+                for old in checkpoints(self.folder)[: -self.limit]:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        state: dict[str, Any] = {"step": step}
+        tensors: dict[str, Tensor] = {}
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            flat = get_optimizer_state_dict(self._module, self.optimizer.optimizer, options=_options(flatten=True))
+            tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
+        if self.ema is not None:
+            average = self.ema.state_dict()
+            for index, value in enumerate(average.pop("shadow_params")):
+                tensors[f"ema.{index}"] = whole(value)
+            state["ema"] = average
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return tensors, state
+
+    @property
+    def _module(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.step_module)
+
+    def load(self, which: str) -> int:
+        """Restores `"latest"` or a checkpoint's folder and returns its step; 0 if there is no latest one.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is not one of this model.
+        """
+        if which == "latest":
+            found = checkpoints(self.folder)
+            if not found:
+                logger.warning("There is no checkpoint in %s; starting from the beginning.", self.folder)
+                return 0
+            path = found[-1]
+        else:
+            path = Path(which) if Path(which).is_dir() else self.folder / which
+        try:
+            state = json.loads((path / "state.json").read_text())
+            tensors = load_file(path / "optimizer.safetensors")
+            saved = GSPN2Adapter.from_pretrained(path / "adapter")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{path} is not a whole checkpoint ({error}); resume from another one.") from error
+        if (
+            saved.config["layers"] != self.adapter.config["layers"]
+            or saved.operator_config != self.adapter.operator_config
+        ):
+            raise CheckpointError(f"{path} has other layers than this run; pass the options it was started with.")
+        if (self.ema is None) != ("ema" not in state):
+            raise CheckpointError(
+                f"{path} was made {'with' if 'ema' in state else 'without'} --use_ema; do the same now."
+            )
+        load_whole(self.adapter, saved.state_dict())
+        average = {int(key[4:]): tensors.pop(key) for key in list(tensors) if key.startswith("ema.")}
+        if self.ema is not None:
+            self.ema.load_state_dict({**state["ema"], "shadow_params": [average[i] for i in range(len(average))]})
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.accelerator.load_state(str(self.folder / f"deepspeed-{state['step']}"))
+        else:
+            template = get_optimizer_state_dict(self._module, self.optimizer.optimizer, options=_options(flatten=True))
+            flat = {key: tensors.get(key, value) for key, value in template.items()}
+            set_optimizer_state_dict(self._module, self.optimizer.optimizer, flat, options=_options(flatten=True))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+
+def _options(flatten: bool) -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=flatten)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered if FSDP has sharded it."""
+    full = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full.detach().cpu().contiguous()
+
+
+def full_copy(adapter: GSPN2Adapter, values: list[Tensor] | None = None) -> GSPN2Adapter:
+    """The adapter on the CPU, with other values for its parameters if given (an average's)."""
+    copy = GSPN2Adapter(**{key: adapter.config[key] for key in ("base_class", "layers", "operator")})
+    names = [name for name, _ in adapter.named_parameters()]
+    copy.load_state_dict(dict(zip(names, map(whole, values or adapter.parameters()), strict=True)), strict=True)
+    return copy
+
+
+@torch.no_grad()
+def load_whole(adapter: GSPN2Adapter, values: dict[str, Tensor]) -> None:
+    """Puts full tensors into the adapter's parameters, sharded or not."""
+    for name, parameter in adapter.named_parameters():
+        value = values[name].to(parameter.device, parameter.dtype)
+        if hasattr(parameter, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[arg-type]
+        parameter.copy_(value)
+
+
+def _sync(folder: Path) -> None:
+    """Files reach the disk before the name that vouches for them does."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,347 @@
+"""Pre-encoding: pictures to latents and captions to what the denoiser is given, once, into safetensors shards.
+
+What a denoiser is given besides the noisy latents differs from family to family (pooled embeddings, masks, size
+conditions, position ids). Nothing of that is rebuilt here: the pipeline itself is called, and stopped at its first call
+of the denoiser, whose arguments are kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..patching.families import find_model
+from ..patching.grid import arguments_by_name
+from .arguments import TrainingArguments
+from .data import Rows, Size, bucket_sizes, fit, fitting_size, open_picture
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_NAMES = ("sample", "hidden_states")
+DROPPED = (*SAMPLE_NAMES, "timestep", "return_dict")
+POSITIONS = ("img_ids", "txt_ids")
+
+
+class _Stop(Exception):
+    """Ends a pipeline's call once the denoiser's arguments are known."""
+
+
+class Conditioner:
+    """The arguments that a text-to-image pipeline gives its denoiser for a caption and a size.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline of a supported model.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.denoiser = pipe, find_model(pipe)
+        pipe.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], size: Size) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Args:
+            captions: B captions.
+            size: (height, width) in pixels.
+
+        Returns:
+            Tensors of one row for each caption; tensors the batch shares (position ids); facts about the call:
+            `timestep_scale` (what the pipeline multiplies the scheduler's timestep by) and `packed` (whether latents
+            go in as tokens). Names of nested arguments are joined by dots.
+        """
+        seen: dict[str, Any] = {}
+
+        def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.update(arguments_by_name(module, args, kwargs))
+            raise _Stop
+
+        hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        # Guidance off: one row for each caption. Models distilled for guidance take theirs as an input, so keep it.
+        options = {} if getattr(self.denoiser.config, "guidance_embeds", False) else {"guidance_scale": 1.0}
+        if "use_resolution_binning" in inspect.signature(self.pipe.__call__).parameters:
+            options["use_resolution_binning"] = False
+        try:
+            self.pipe(
+                prompt=captions,
+                height=size[0],
+                width=size[1],
+                num_inference_steps=1,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+                **options,
+            )
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+        sample = next(seen[name] for name in SAMPLE_NAMES if name in seen)
+        scheduled = float(self.pipe.scheduler.timesteps[0])
+        given = float(torch.as_tensor(seen["timestep"]).flatten()[0])
+        facts = {"timestep_scale": given / scheduled if scheduled else 1.0, "packed": sample.ndim == 3}
+        own, shared = {}, {}
+        for name, value in _flatten({k: v for k, v in seen.items() if k not in DROPPED}).items():
+            by_caption = name not in POSITIONS and value.ndim and value.shape[0] == len(captions)
+            (own if by_caption else shared)[name] = value
+        return own, shared, facts
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            flat[prefix + name] = value
+        elif value is not None:
+            raise ValueError(
+                f"The pipeline gives its denoiser {prefix}{name}={value!r}, which pre-encoding cannot store; "
+                "this model is not supported for training yet."
+            )
+    return flat
+
+
+def unflatten(values: dict[str, Tensor]) -> dict[str, Any]:
+    """The inverse of joining nested names by dots."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return nested
+
+
+@torch.no_grad()
+def encode_pictures(pipe: Any, pixels: Tensor, packed: bool) -> Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] -> latents as the denoiser is given them (the mode of the encoder's output)."""
+    vae = pipe.vae
+    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    return pipe._pack_latents(latents, *latents.shape) if packed else latents
+
+
+def target_sizes(args: TrainingArguments, pipe: Any) -> list[Size]:
+    """The picture sizes of the run.
+
+    Raises:
+        ValueError: a side is not a multiple of what the model needs.
+    """
+    factor = pipe.vae_scale_factor
+    resolution = args.resolution or find_model(pipe).config.sample_size * factor
+    if args.aspect_ratio_buckets:
+        sizes = bucket_sizes(resolution, args.bucket_step, args.max_aspect_ratio)
+    else:
+        sizes = [(resolution, resolution)]
+    for size in sizes:
+        if any(side % factor for side in size):
+            raise ValueError(f"{size[0]} x {size[1]} pixels do not divide by {factor}, which the VAE needs; change it.")
+    return sizes
+
+
+def encode_dataset(args: TrainingArguments, pipe: Any, accelerator: Accelerator) -> Path:
+    """Writes what is missing of the cache, shared out over the processes, and returns its folder.
+
+    A shard appears under its name only when it is whole, so that a stopped run goes on where it was.
+
+    Raises:
+        ValueError: the folder holds the cache of other data or options.
+    """
+    folder = Path(args.cache_dir or Path(args.output_dir, "cache"))
+    rows = Rows(args)
+    sizes = target_sizes(args, pipe)
+    starts = range(0, len(rows), args.cache_shard_size)
+    if accelerator.is_main_process:
+        _claim(folder, args, rows, sizes)
+    accelerator.wait_for_everyone()
+
+    mine = list(starts)[accelerator.process_index :: accelerator.num_processes]
+    missing = [start for start in mine if not _shard(folder, start).is_file()]
+    conditioner = Conditioner(pipe)
+    facts = conditioner([""], sizes[0])[2]
+    if accelerator.is_main_process:
+        _write_empty(folder, conditioner, sizes, args)
+        (folder / "facts.json").write_text(json.dumps(facts))
+    bar = tqdm(total=len(rows), desc="encoding", disable=not accelerator.is_local_main_process or not missing)
+    bar.update(sum(min(args.cache_shard_size, len(rows) - start) for start in starts if start not in missing))
+    for start in missing:
+        _encode_shard(args, rows, start, sizes, conditioner, facts["packed"], _shard(folder, start), bar)
+    bar.close()
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _claim(folder: Path, args: TrainingArguments, rows: Rows, sizes: list[Size]) -> None:
+    """Makes the folder, or checks that it was made for the same data and options."""
+    identity = {
+        "model": args.pretrained_model_name_or_path,
+        "revision": args.revision,
+        "data": args.train_data_dir
+        or [args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_files],
+        "columns": [args.image_column, args.caption_column],
+        "samples": len(rows),
+        "sizes": [list(size) for size in sizes],
+        "dtype": args.cache_dtype,
+        "shard_size": args.cache_shard_size,
+    }
+    path = folder / "cache.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        differing = [
+            f"{key} {found.get(key)!r}, now {value!r}" for key, value in identity.items() if found.get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} is the cache of another run ({'; '.join(differing)}); delete it or pass another --cache_dir."
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(identity, indent=2).encode())
+
+
+def _encode_shard(
+    args: TrainingArguments,
+    rows: Rows,
+    start: int,
+    sizes: list[Size],
+    conditioner: Conditioner,
+    packed: bool,
+    path: Path,
+    bar: Any,
+) -> None:
+    waiting: dict[Size, list[tuple[Tensor, str]]] = {}
+    encoded: dict[str, list[Tensor]] = {}
+    broken: list[str] = []
+
+    def flush(size: Size) -> None:
+        samples = waiting.pop(size, [])
+        if not samples:
+            return
+        pixels = torch.stack([pixels for pixels, _ in samples])
+        own, shared, _ = conditioner([caption for _, caption in samples], size)
+        own["latents"] = encode_pictures(conditioner.pipe, pixels, packed)
+        for name, value in own.items():
+            encoded.setdefault(f"{size[0]}x{size[1]}/own/{name}", []).append(_stored(value, args, name))
+        for name, value in shared.items():
+            encoded[f"{size[0]}x{size[1]}/shared/{name}"] = [_stored(value, args, name)]
+
+    for row in rows.read(start, start + args.cache_shard_size):
+        try:
+            image = open_picture(row.picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            broken.append(row.name)
+            logger.warning("Skipped %s, which cannot be read: %s", row.name, error)
+        else:
+            size = fitting_size(image, sizes)
+            pixels = torch.from_numpy(np.asarray(fit(image, size)).copy()).permute(2, 0, 1).float() / 127.5 - 1
+            waiting.setdefault(size, []).append((pixels, row.caption))
+            if len(waiting[size]) == args.encode_batch_size:
+                flush(size)
+        bar.update()
+    for size in list(waiting):
+        flush(size)
+    tensors = {name: torch.cat(parts).contiguous() for name, parts in encoded.items()}
+    save_atomically(tensors, path, {"broken": json.dumps(broken)})
+
+
+def _write_empty(folder: Path, conditioner: Conditioner, sizes: list[Size], args: TrainingArguments) -> None:
+    """The empty caption's conditions at each size, for caption dropout."""
+    tensors = {}
+    for size in sizes:
+        own, _, _ = conditioner([""], size)
+        tensors |= {f"{size[0]}x{size[1]}/own/{name}": _stored(value, args, name)[0] for name, value in own.items()}
+    save_atomically({name: value.contiguous() for name, value in tensors.items()}, folder / "empty.safetensors", {})
+
+
+def _stored(value: Tensor, args: TrainingArguments, name: str) -> Tensor:
+    """On the CPU, floats in the cache's type. Sizes, masks and ids keep theirs: half types cannot count to 4096."""
+    value = value.detach().cpu()
+    if not value.is_floating_point() or "ids" in name or "mask" in name:
+        return value
+    stored = value.to(getattr(torch, args.cache_dtype))
+    if not torch.isfinite(stored).all():
+        raise ValueError(
+            f"{name} is NaN or beyond {args.cache_dtype} after encoding; "
+            "use --cache_dtype bfloat16, or float32, or a VAE that works in half precision."
+        )
+    return stored
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"shard-{start:09d}.safetensors"
+
+
+def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors under a temporary name, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+class EncodedDataset(torch.utils.data.Dataset):
+    """The samples of a cache. Index -> tensors by name: `latents` and the denoiser's arguments.
+
+    Attributes:
+        sizes: the picture size of each sample.
+        broken: names of the samples that could not be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.sizes: list[str] = []
+        self.broken: list[str] = []
+        self.places: list[tuple[Path, str, int]] = []
+        self.names: list[str] = []
+        self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+        self.shared: dict[str, dict[str, Tensor]] = {}
+        self.empty: dict[str, dict[str, Tensor]] = {}
+        self._open: dict[Path, Any] = {}
+        for path in sorted(folder.glob("shard-*.safetensors")):
+            with safe_open(path, framework="pt") as shard:
+                self.broken += json.loads(shard.metadata()["broken"])
+                for key in shard.keys():  # noqa: SIM118 (not a dict)
+                    size, kind, name = key.split("/")
+                    if kind == "shared":
+                        self.shared.setdefault(size, {})[name] = shard.get_tensor(key)
+                    elif name == "latents":
+                        count = shard.get_slice(key).get_shape()[0]
+                        self.places += [(path, size, row) for row in range(count)]
+                        self.sizes += [size] * count
+                    elif name not in self.names:
+                        self.names.append(name)
+        with safe_open(folder / "empty.safetensors", framework="pt") as empty:
+            for key in empty.keys():  # noqa: SIM118
+                size, _, name = key.split("/")
+                self.empty.setdefault(size, {})[name] = empty.get_tensor(key)
+        if not self.places:
+            raise ValueError(f"None of the {len(self.broken)} images of the data set could be read.")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        path, size, row = self.places[index]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        shard = self._open[path]
+        return {name: shard.get_slice(f"{size}/own/{name}")[row] for name in ("latents", *self.names)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}

@@ -1,0 +1,79 @@
+"""What the denoiser is asked to predict: noise, velocity or flow, as its scheduler's config says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+from torch import Tensor
+
+
+class Objective:
+    """Noising and targets of one model.
+
+    Args:
+        scheduler: the pipeline's scheduler; only its config is read.
+        timestep_scale: what the pipeline multiplies a timestep by before the denoiser gets it.
+        weighting_scheme: density of timesteps for flow matching (`"none"`, `"logit_normal"`, `"mode"`).
+        snr_gamma: Min-SNR gamma for the noise loss, or None.
+
+    Raises:
+        ValueError: the prediction type is not supported, or an option does not go with it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        timestep_scale: float = 1.0,
+        weighting_scheme: str = "none",
+        snr_gamma: float | None = None,
+    ) -> None:
+        self.timestep_scale, self.weighting_scheme, self.snr_gamma = timestep_scale, weighting_scheme, snr_gamma
+        self.flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or "flow" in str(
+            scheduler.config.get("prediction_type", "")
+        )
+        if self.flow:
+            self.scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+            self.kind = "flow"
+            if snr_gamma is not None:
+                raise ValueError("--snr_gamma has no meaning for flow matching; use --weighting_scheme.")
+        else:
+            self.scheduler = DDPMScheduler.from_config(scheduler.config)
+            self.kind = self.scheduler.config.prediction_type
+            if self.kind not in ("epsilon", "v_prediction"):
+                raise ValueError(f"prediction_type {self.kind!r} is not supported; use epsilon, v_prediction or flow.")
+            if weighting_scheme != "none":
+                raise ValueError("--weighting_scheme is for flow-matching models; use --snr_gamma.")
+        self.steps = self.scheduler.config.num_train_timesteps
+
+    def draw(self, generator: torch.Generator) -> int:
+        """One training timestep's index, from a generator on the CPU."""
+        if not self.flow:
+            return int(torch.randint(self.steps, (1,), generator=generator))
+        u = compute_density_for_timestep_sampling(
+            self.weighting_scheme, 1, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator
+        )
+        return min(int(u * self.steps), self.steps - 1)
+
+    def noised(self, latents: Tensor, noise: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise (B, ...), timestep indices (B,) -> noisy latents, the denoiser's timestep (B,), target."""
+        if self.flow:
+            sigmas = self.scheduler.sigmas.to(latents.device, latents.dtype)[indices.to(latents.device)]
+            sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
+            timesteps = self.scheduler.timesteps.to(latents.device)[indices.to(latents.device)]
+            return (1 - sigmas) * latents + sigmas * noise, timesteps * self.timestep_scale, noise - latents
+        timesteps = indices.to(latents.device)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        if self.kind == "epsilon":
+            return noisy, timesteps, noise
+        return noisy, timesteps, self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def weights(self, indices: Tensor) -> Tensor | None:
+        """(B,) weights of the noise loss, or None for equal ones."""
+        if self.snr_gamma is None:
+            return None
+        snr = compute_snr(self.scheduler, indices)
+        capped = snr.clamp(max=self.snr_gamma)
+        return capped / (snr + 1) if self.kind == "v_prediction" else capped / snr

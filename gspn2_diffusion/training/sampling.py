@@ -1,0 +1,162 @@
+"""The order of samples and every random draw as functions of (seed, place in the run).
+
+Nothing is drawn from a generator that lives through the run. So a resumed run needs no saved random state, and the
+draws do not depend on how a step is split over processes and accumulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from .encode import EncodedDataset
+from .objective import Objective
+
+
+def _generator(*key: int) -> torch.Generator:
+    mixed = 0
+    for part in key:
+        mixed = (mixed * 6364136223846793005 + part + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+class BatchOrder:
+    """Which samples make up each optimizer step: epochs in random order, every step of one picture size.
+
+    Args:
+        sizes: the picture size of each sample.
+        samples: indices of the samples to train on.
+        total: samples of an optimizer step, over all processes and accumulation. The last step of a size in an epoch
+            is filled up from that size's own samples.
+        seed: of the order.
+    """
+
+    def __init__(self, sizes: list[str], samples: list[int], total: int, seed: int) -> None:
+        self.groups: dict[str, list[int]] = {}
+        for index in samples:
+            self.groups.setdefault(sizes[index], []).append(index)
+        self.total, self.seed = total, seed
+        self.steps_per_epoch = sum(-(-len(group) // total) for group in self.groups.values())
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def step(self, number: int) -> list[int]:
+        """The samples of step `number`, counted from 0."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._make(epoch))
+        return self._epoch[1][place]
+
+    def _make(self, epoch: int) -> list[list[int]]:
+        generator, steps = _generator(self.seed, epoch), []
+        for group in self.groups.values():
+            order = [group[i] for i in torch.randperm(len(group), generator=generator)]
+            for start in range(0, len(order), self.total):
+                chunk = order[start : start + self.total]
+                while len(chunk) < self.total:
+                    chunk += order[: self.total - len(chunk)]
+                steps.append(chunk)
+        return [steps[i] for i in torch.randperm(len(steps), generator=generator)]
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches for one process: lists of (place in the run, sample), from step `first` to `last` - 1."""
+
+    def __init__(self, order: BatchOrder, first: int, last: int, micro: int, accumulation: int, rank: int, world: int):
+        self.order, self.first, self.last = order, first, last
+        self.micro, self.accumulation, self.rank, self.world = micro, accumulation, rank, world
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.last):
+            placed = list(enumerate(self.order.step(step), start=step * self.order.total))
+            for part in range(self.accumulation):
+                start = (part * self.world + self.rank) * self.micro
+                yield placed[start : start + self.micro]
+
+
+class PlacedSamples(torch.utils.data.Dataset):
+    """Samples with their draws: (place, sample) -> latents, noise, timestep index, conditions (or the empty caption's).
+
+    Args:
+        data: the cache.
+        objective: draws timesteps.
+        seed: of the draws.
+        empty_share: share of samples with the empty caption.
+    """
+
+    def __init__(self, data: EncodedDataset, objective: Objective, seed: int, empty_share: float) -> None:
+        self.data, self.objective, self.seed, self.empty_share = data, objective, seed, empty_share
+
+    def __getitem__(self, placed: tuple[int, int]) -> dict[str, Any]:
+        place, index = placed
+        sample, size = self.data[index], self.data.sizes[index]
+        generator = _generator(self.seed, -1, place)
+        latents = sample.pop("latents").float()
+        step = self.objective.draw(generator)
+        if torch.rand((), generator=generator) < self.empty_share:
+            sample = self.data.empty[size]
+        noise = torch.randn(latents.shape, generator=generator)
+        return {"latents": latents, "noise": noise, "index": step, "size": size, "conditions": sample}
+
+    def fixed(self, place: int, index: int) -> dict[str, Any]:
+        """A held-out sample with its own caption and noise that no training sample has."""
+        sample = self.data[index]
+        latents = sample.pop("latents").float()
+        noise = torch.randn(latents.shape, generator=_generator(self.seed, -3, place))
+        conditions = {name: value for name, value in self.data[index].items() if name != "latents"}
+        return {
+            "latents": latents,
+            "noise": noise,
+            "index": 0,
+            "size": self.data.sizes[index],
+            "conditions": conditions,
+        }
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Arguments of `StudentStep.forward` for samples of one size."""
+        conditions = {
+            name: torch.stack([item["conditions"][name] for item in items]) for name in items[0]["conditions"]
+        }
+        return {
+            "latents": torch.stack([item["latents"] for item in items]),
+            "noise": torch.stack([item["noise"] for item in items]),
+            "indices": torch.tensor([item["index"] for item in items]),
+            "conditions": {**conditions, **self.data.shared.get(items[0]["size"], {})},
+        }
+
+
+def loader(samples: PlacedSamples, sampler: StepSampler, workers: int) -> DataLoader:
+    """Batches of one process. Workers only read: results do not depend on their number."""
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        collate_fn=samples.collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+    )
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch's tensors on `device`."""
+    return {
+        key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
+        for key, value in batch.items()
+    }
+
+
+def held_out(data: EncodedDataset, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """(samples to train on, samples held out), the latter all of the first one's size."""
+    order = torch.randperm(len(data), generator=_generator(seed, -2)).tolist()
+    size = data.sizes[order[0]]
+    out = [index for index in order if data.sizes[index] == size][: min(count, len(data) - 1)]
+    kept = set(out)
+    return [index for index in range(len(data)) if index not in kept], out
+
+
+__all__ = ["BatchOrder", "PlacedSamples", "StepSampler", "held_out", "loader", "to_device"]

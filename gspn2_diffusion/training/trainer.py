@@ -1,0 +1,295 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from ..adapter import GSPN2Adapter, few
+from ..patching import apply_gspn2
+from ..patching.families import find_model
+from .arguments import TrainingArguments
+from .checkpoint import PARTIAL, Checkpoints, full_copy
+from .encode import EncodedDataset, encode_dataset
+from .objective import Objective
+from .sampling import BatchOrder, PlacedSamples, StepSampler, held_out, loader, to_device
+from .student import StudentStep
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+PATIENCE = 20
+"""Steps in a row without a finite gradient after which a run is given up."""
+
+
+def train(args: TrainingArguments) -> Path | None:
+    """Runs a training from its options and returns the folder of the trained adapter (None after `--encode_only`).
+
+    Raises:
+        CheckpointError: a checkpoint could not be written or read.
+        FloatingPointError: the loss stays NaN or infinite.
+        ValueError: options and data or model do not go together.
+    """
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+    )
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, torch_dtype=dtype
+    )
+    pipe.to(accelerator.device)
+    # Half precision overflows in some VAEs (SDXL's).
+    pipe.vae.to(dtype=torch.float32)
+    cache = encode_dataset(args, pipe, accelerator)
+    data = EncodedDataset(cache)
+    if data.broken:
+        logger.warning("%d images cannot be read and are left out: %s", len(data.broken), few(data.broken, 20))
+    if args.encode_only:
+        return None
+    if accelerator.is_main_process:
+        args.save(folder / "training_args.json")
+    return _Run(args, accelerator, pipe, data, folder).run()
+
+
+class _Run:
+    """One training run after its data is encoded."""
+
+    def __init__(
+        self, args: TrainingArguments, accelerator: Accelerator, pipe: Any, data: EncodedDataset, folder: Path
+    ) -> None:
+        self.args, self.accelerator, self.pipe, self.folder = args, accelerator, pipe, folder
+        denoiser: Any = find_model(pipe)
+        denoiser.requires_grad_(False)
+        denoiser.eval()
+        self.adapter = self._layers(denoiser)
+        self.objective = Objective(pipe.scheduler, data.facts["timestep_scale"], args.weighting_scheme, args.snr_gamma)
+        module = StudentStep(
+            denoiser, self.objective, args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight
+        )
+        if args.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+        if not args.validation_prompts:
+            # Encoded already; only pictures need them again.
+            for name, part in pipe.components.items():
+                if isinstance(part, torch.nn.Module) and part is not denoiser:
+                    pipe.register_modules(**{name: None})
+        parameters = list(self.adapter.parameters())
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        self.rate = learning_rates(args)
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.student: StudentStep = accelerator.unwrap_model(self.module)
+        self.ema = EMAModel(self.adapter.parameters(), decay=args.ema_decay) if args.use_ema else None
+        self.checkpoints = Checkpoints(
+            folder, accelerator, self.module, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit
+        )
+        self.trained, self.held_out = held_out(data, args.holdout_samples, args.seed)
+        self.samples = PlacedSamples(data, self.objective, args.seed, args.proportion_empty_prompts)
+        total = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+        self.order = BatchOrder(data.sizes, self.trained, total, args.seed)
+        self.log = Log(folder / "log.jsonl", accelerator)
+        if args.report_to:
+            accelerator.init_trackers(args.tracker_project_name, config=_plain(args))
+
+    def _layers(self, denoiser: Any) -> GSPN2Adapter:
+        level = logging.getLogger("gspn2_diffusion.patching").level
+        # The warning about untrained layers is for users who want pictures now.
+        logging.getLogger("gspn2_diffusion.patching").setLevel(logging.ERROR)
+        if self.args.adapter is not None:
+            adapter = apply_gspn2(denoiser, self.args.adapter)
+        else:
+            adapter = apply_gspn2(denoiser, config=self.args.operator_config())
+        logging.getLogger("gspn2_diffusion.patching").setLevel(level)
+        adapter.requires_grad_(True)
+        # Trained weights stay in float32; autocast brings their products to the model's type.
+        return adapter.to(torch.float32)
+
+    def run(self) -> Path:
+        args, accelerator = self.args, self.accelerator
+        start = self.checkpoints.load(args.resume_from_checkpoint) if args.resume_from_checkpoint else 0
+        self.log.start(start)
+        if accelerator.is_main_process:
+            for partial in self.folder.glob("*" + PARTIAL):
+                logger.info("Left over from a stopped run: %s", partial)
+        trainable = sum(p.numel() for p in self.adapter.parameters())
+        logger.info(
+            "Training %d layers (%.2f M parameters) on %d samples, %d per step, steps %d to %d.",
+            len(self.adapter.layer_names),
+            trainable / 1e6,
+            len(self.trained),
+            self.order.total,
+            start,
+            args.max_train_steps,
+        )
+        sampler = StepSampler(
+            self.order,
+            start,
+            args.max_train_steps,
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        batches = iter(loader(self.samples, sampler, args.dataloader_num_workers))
+        if start == 0:
+            self._watch(0)
+        bar = tqdm(
+            total=args.max_train_steps, initial=start, desc="steps", disable=not accelerator.is_local_main_process
+        )
+        failed, since, watch = 0, start, time.perf_counter()
+        sums: dict[str, Any] = defaultdict(float)
+        for step in range(start, args.max_train_steps):
+            layerwise = step < args.layerwise_steps
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(step)
+            for _ in range(args.gradient_accumulation_steps):
+                batch = to_device(next(batches), accelerator.device)
+                with accelerator.accumulate(self.module):
+                    loss, parts = self.module(**batch, layerwise=layerwise)
+                    accelerator.backward(loss)
+                    for name, part in {"loss": loss.detach(), **parts}.items():
+                        sums[name] += part / args.gradient_accumulation_steps
+                    if accelerator.sync_gradients:
+                        norm = float(accelerator.clip_grad_norm_(self.adapter.parameters(), args.max_grad_norm))
+                        finite = norm < float("inf")
+                        # A GradScaler meets infinities as part of its search and skips the step by itself.
+                        if finite or accelerator.scaler is not None:
+                            self.optimizer.step()
+                        failed = 0 if finite else failed + 1
+                        sums["skipped_steps"] += 0.0 if finite else 1.0
+                        sums["grad_norm"] += norm if finite else 0.0
+                    else:
+                        self.optimizer.step()
+                    self.optimizer.zero_grad(set_to_none=True)
+            done = step + 1
+            if failed >= PATIENCE:
+                raise FloatingPointError(
+                    f"No finite gradient for {PATIENCE} steps up to step {done}; lower --learning_rate, use bf16 "
+                    "instead of fp16, or resume from an earlier checkpoint."
+                )
+            if self.ema is not None:
+                self.ema.step(self.adapter.parameters())
+            bar.update()
+            if done % args.logging_steps == 0 or done == args.max_train_steps:
+                count, seconds = done - since, time.perf_counter() - watch
+                means = {name: self._mean(value, count) for name, value in sums.items()}
+                means["skipped_steps"] = round(means["skipped_steps"] * count)
+                means |= {"lr": self.rate(step), "samples_per_second": self.order.total * count / seconds}
+                if torch.cuda.is_available():
+                    means["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                self.log.write(done, {"stage": "layerwise" if layerwise else "end to end", **means})
+                bar.set_postfix(loss=f"{means['loss']:.4g}")
+                sums.clear()
+            self._watch(done)
+            if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+                self.checkpoints.save(done)
+            if not sums:
+                since, watch = done, time.perf_counter()
+        bar.close()
+        self._finish()
+        return self.folder
+
+    def _mean(self, value: Any, count: int) -> float:
+        tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, "mean")) / count
+
+    def _watch(self, done: int) -> None:
+        """Distance to the teacher, and pictures, at the steps at which they are due."""
+        args = self.args
+        regular = done > 0 and (done % args.validation_steps == 0 or done == args.max_train_steps)
+        if self.held_out and (regular or done in args.distance_steps):
+            output, layers = self._distance()
+            self.log.write(done, {"distance": output, "layer_distance": layers})
+
+    def _distance(self) -> tuple[float, float]:
+        """Over all held-out samples at once, with timesteps spread evenly and noise that is always the same."""
+        items = [self.samples.fixed(place, index) for place, index in enumerate(self.held_out)]
+        for place, item in enumerate(items):
+            item["index"] = int((place + 0.5) / len(items) * self.objective.steps)
+        batch = to_device(self.samples.collate(items), self.accelerator.device)
+        with self.accelerator.autocast():
+            return self.student.distance(**batch)
+
+    def _finish(self) -> None:
+        if self.accelerator.is_main_process:
+            average = self.ema.shadow_params if self.ema is not None else None
+            full_copy(self.adapter, average).save_pretrained(self.folder)
+            logger.info("Saved the adapter to %s", self.folder)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+def learning_rates(args: TrainingArguments) -> Callable[[int], float]:
+    """Step -> learning rate. The schedule is diffusers' and begins with the second stage."""
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    factor = get_scheduler(
+        args.lr_scheduler,
+        dummy,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max(1, args.max_train_steps - args.layerwise_steps),
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    ).lr_lambdas[0]
+    first = args.layerwise_learning_rate or args.learning_rate
+
+    def rate(step: int) -> float:
+        return first if step < args.layerwise_steps else args.learning_rate * factor(step - args.layerwise_steps)
+
+    return rate
+
+
+class Log:
+    """`log.jsonl`: one object a line, with its step. Also passes numbers on to the trackers.
+
+    Args:
+        path: of the file.
+        accelerator: of the run; only its main process writes.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = path, accelerator
+
+    def start(self, step: int) -> None:
+        """Drops lines after `step`, which a resumed run will write again."""
+        if not self.accelerator.is_main_process:
+            return
+        lines = self.path.read_text().splitlines() if step and self.path.is_file() else []
+        self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log({name: value for name, value in values.items() if not isinstance(value, str)}, step=step)
+
+
+def _plain(args: TrainingArguments) -> dict[str, Any]:
+    """Options as trackers take them: numbers and strings."""
+    values = vars(args).items()
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values if v is not None}
