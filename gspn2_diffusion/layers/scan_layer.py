@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class GSPN2Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.channels, self.out_channels, self.config = channels, out_channels, config
+        # Where only some of the map's rows are on this rank (gspn2_diffusion.parallel): how to scan the whole map.
+        self.rows: Any = None
         self.width = config.width(channels)
         if self.width % config.groups:
             raise ValueError(f"proxy width {self.width} is not divisible by groups {config.groups}; change either.")
@@ -73,7 +76,8 @@ class GSPN2Layer(nn.Module):
     def scan(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         """(B, H * W, C) -> (B, H * W, K * D), or (B, H * W, D) with merge "sum": the part before `scan_out`."""
         config = self.config
-        y = gspn2_scan(
+        scan = gspn2_scan if self.rows is None else self.rows.scan
+        y = scan(
             *self.scan_inputs(hidden_states, height, width),
             directions=config.directions,
             normalizer=config.normalizer,
@@ -92,6 +96,7 @@ class GSPN2Layer(nn.Module):
 
     def scaled_out_weight(self, height: int, width: int) -> Tensor:
         """`scan_out`'s weight with each direction divided by the number of lines it runs over."""
+        height = height if self.rows is None else self.rows.height
         lines = [width if direction in ("right", "left") else height for direction in self.config.directions]
         if self.config.segment is not None:
             lines = [min(n, self.config.segment) for n in lines]
