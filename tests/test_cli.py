@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -101,3 +103,27 @@ def test_info_lists_what_there_is(capsys):
     assert main(["info", "--device", "cpu"]) == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text and "UNet2DConditionModel" in text and "Scan:" in text
+
+
+def test_evaluate_writes_verdicts_table_and_pictures(model, tmp_path, capsys):
+    arguments = [*model, "--limit", "7", "--seeds", "0", "1", "--device", "cpu", "--steps", "1", "--batch-size"]
+    for size in ("4", "3"):
+        assert main(["evaluate", *arguments, size, "--out", str(tmp_path / size)]) == 0
+    result, other = (json.loads((tmp_path / size / "scene_eval.json").read_text()) for size in ("4", "3"))
+    assert len(result["records"]) == 14 and result["summary"]["overall"]["pictures"] == 14
+    assert [r["claims"] for r in result["records"]] == [r["claims"] for r in other["records"]]
+    assert "overall" in (tmp_path / "4" / "scene_eval.md").read_text() and "overall" in capsys.readouterr().out
+    assert pixels(tmp_path / "4" / "scene_eval.png").shape[2] == 3
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("not json")
+    assert main(["evaluate", *model, "--prompts", str(broken), "--out", str(tmp_path)]) == 2
+    assert "broken.jsonl could not be read" in capsys.readouterr().err
+
+
+def test_distill_hands_its_flags_to_the_training_script(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--misspelt"])
+    assert "--misspelt" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    assert "--max_train_steps" in capsys.readouterr().out

@@ -11,6 +11,8 @@ from ..version import __version__
 COMMANDS = {
     "generate": "make pictures from prompts",
     "demo": "paint in the browser",
+    "distill": "train the GSPN-2 layers of a pipeline from the attention they replace (examples/distill.py)",
+    "evaluate": "score a pipeline on scenes whose pictures can be checked (SceneEval)",
     "info": "show versions, the device, which kernel would run, and supported models",
 }
 
@@ -24,12 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     # Only the chosen command's module is imported: torch takes seconds.
     chosen = next((word for word in argv if word in COMMANDS), None)
     for name, help_text in COMMANDS.items():
-        sub = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        # distill's flags are the training script's, which has a parser of its own.
+        own_parser = name != "distill"
+        sub = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False, add_help=own_parser)
         if name == chosen:
             module = importlib.import_module(f".{name}", __name__)
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "distill":
+        args.flags = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from ..loading import UserError
 
     try:
