@@ -37,10 +37,14 @@ def main() -> None:
     )
     shutil.rmtree(args.out, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(args.out)
+    for name in ("vocab.json", "merges.txt"):  # transformers 4 reads these, transformers 5 tokenizer.json
+        shutil.copy(args.run / "tokenizer" / name, args.out / "tokenizer" / name)
     # Stored in half, loaded in single precision unless asked otherwise, like the VAE and the UNet.
     config = args.out / "text_encoder" / "config.json"
     fields = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("dtype", "torch_dtype")}
     config.write_text(json.dumps(fields | {"torch_dtype": "float32"}, indent=2) + "\n")
+    for file in args.out.rglob("*.safetensors"):
+        file.chmod(0o644)
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
     print(f"{args.out}: {size / 2**20:.1f} MiB")
 

@@ -105,7 +105,7 @@ class Run:
 
     def load(self) -> None:
         self.step = json.loads((self.folder / "state.json").read_text())["step"]
-        tensors = load_file(self.folder / "checkpoint.safetensors", device=str(self.accelerator.device))
+        tensors = load_file(self.folder / "checkpoint.safetensors")
         part = lambda name: {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}  # noqa: E731
         self.accelerator.unwrap_model(self.model).load_state_dict(part("model"))
         state = self.optimizer.state_dict()

@@ -1,0 +1,54 @@
+"""evaluate_pipeline on the shipped pipeline: few steps, few prompts."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from gspn2_diffusion.assets import tiny_scenes_path
+from gspn2_diffusion.evaluation import EvalPrompt, evaluate_pipeline, load_prompts
+
+
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(tiny_scenes_path())
+
+
+def test_shipped_pipeline_is_whole_and_small(pipe) -> None:
+    assert sum(f.stat().st_size for f in tiny_scenes_path().rglob("*") if f.is_file()) < 20 * 2**20
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
+    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 128
+    known = pipe.tokenizer("a large red circle to the left of two small blue squares, on a green background").input_ids
+    assert len(known) == 17 + 2
+
+
+def test_pictures_depend_on_seed_and_prompt_alone(pipe) -> None:
+    prompts = load_prompts(limit=3)
+    run = lambda chosen, batch: evaluate_pipeline(  # noqa: E731
+        pipe, chosen, seeds=(0, 5), steps=2, batch_size=batch, height=64, width=64, progress=False
+    )
+    together, alone = run(prompts, 6), run(prompts[1:2], 1)
+    assert [r["seed"] for r in together.records] == [0, 0, 0, 5, 5, 5]
+    for ours, theirs in zip((together.pictures[1], together.pictures[4]), alone.pictures, strict=True):
+        # Convolutions may sum in another order for another batch: a grey level, no more.
+        difference = torch.tensor(list(ours.tobytes())).sub(torch.tensor(list(theirs.tobytes()))).abs()
+        assert difference.max() <= 1
+
+
+def test_result_writes_json_table_and_grid(pipe, tmp_path) -> None:
+    result = evaluate_pipeline(pipe, load_prompts(limit=6), seeds=(1, 2), steps=1, height=64, width=64, progress=False)
+    summary = result.summary()
+    assert len(summary) == 7 and summary["overall"]["pictures"] == 12
+    assert result.table().count("\n") == 8
+    assert result.grid(columns=4).size == (4 * (64 + 6), 3 * (64 + 6))
+    result.save_json(tmp_path / "result.json")
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert saved["summary"] == summary and len(saved["records"]) == 12 and saved["settings"]["steps"] == 1
+
+
+def test_bad_input_is_refused_before_anything_is_generated(pipe) -> None:
+    with pytest.raises(ValueError, match="names no shape"):
+        evaluate_pipeline(pipe, [EvalPrompt("a circle", "x"), EvalPrompt("an astronaut", "x")])
+    with pytest.raises(ValueError, match="height 100 is not divisible by 8"):
+        evaluate_pipeline(pipe, load_prompts(limit=1), height=100)
