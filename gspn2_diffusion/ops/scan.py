@@ -2,14 +2,15 @@
 
 Two operators, `gspn2::scan` and `gspn2::scan_backward`. The forward saves the state h (K D elements a pixel, in the
 storage type) only when a gradient will be asked for; without it the backward would run the forward scan again and store
-h anyway. With `u=None` and `merge="concat"` y is h and nothing more is saved.
+h anyway. With `u=None` and `merge="concat"` y is h and nothing more is saved. On CUDA they run `cuda.py`'s kernels;
+elsewhere, and in float64, `eager.py`'s torch.
 """
 
 from typing import Any
 
 import torch
 
-from . import eager
+from . import cuda, eager
 from .validation import DIRECTIONS, ScanOptions, check_inputs
 
 _OPTIONS = "int[] directions, bool softmax, int segment, bool merge_sum"
@@ -21,6 +22,9 @@ _OPTIONS = "int[] directions, bool softmax, int segment, bool merge_sum"
     schema=f"(Tensor x, Tensor? lam, Tensor? u, Tensor logits, {_OPTIONS}, bool save_state) -> (Tensor, Tensor)",
 )
 def _scan(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state):
+    if x.is_cuda and x.dtype != torch.float64:
+        with torch.cuda.device(x.device):
+            return cuda.scan_forward(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state)
     return eager.scan_forward(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state)
 
 
@@ -38,6 +42,9 @@ def _(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state):
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum):
+    if x.is_cuda and x.dtype != torch.float64:
+        with torch.cuda.device(x.device):
+            return cuda.scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum)
     return eager.scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum)
 
 

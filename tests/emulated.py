@@ -1,0 +1,70 @@
+"""Compile the CUDA sources for the host and run the launcher's launches in `emulation/emulation.h`."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gspn2_diffusion.ops.cuda import Device, Launch, kernel_folder, kernel_source
+
+HERE = Path(__file__).parent / "emulation"
+DEVICES = {
+    "a100": Device((8, 0), 108, 166912),
+    "rtx3090": Device((8, 6), 82, 101376),
+    "rtx4090": Device((8, 9), 128, 101376),
+    "h100": Device((9, 0), 132, 232448),
+    "b200": Device((10, 0), 148, 232448),
+    "rtx5090": Device((12, 0), 170, 101376),
+}
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+def _cache_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"gspn2-emulation-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@cache
+def library(defines: tuple[str, ...]) -> ctypes.CDLL:
+    """The kernel of one set of choices as a shared library, built once for each state of the sources."""
+    sources = kernel_source() + "".join((HERE / name).read_text() for name in ("emulation.h", "kernels.cpp"))
+    key = hashlib.sha256((sources + " ".join(defines)).encode()).hexdigest()[:16]
+    path = _cache_folder() / f"{key}.so"
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}")
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-fno-strict-aliasing",
+            "-w",
+            f"-I{HERE}",
+            f"-I{kernel_folder()}",
+        ]
+        subprocess.run(["g++", *flags, *defines, str(HERE / "kernels.cpp"), "-o", str(partial)], check=True)
+        partial.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def execute(launch: Launch, seed: int = 0) -> None:
+    message = ctypes.create_string_buffer(200)
+    failed = library(launch.defines).run(
+        ctypes.c_void_p(launch.params.ctypes.data),
+        launch.grid,
+        *launch.block,
+        launch.cluster,
+        launch.shared,
+        seed,
+        message,
+        len(message),
+    )
+    assert not failed, f"{launch.kernel} {launch.defines}: {message.value.decode()}"

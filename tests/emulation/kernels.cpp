@@ -1,0 +1,31 @@
+// The kernels as the launcher would compile them, callable from Python through ctypes.
+#include "gspn2.cu"
+
+#if defined(GSPN2_FORWARD)
+#define KERNEL gspn2_forward
+#elif defined(GSPN2_BACKWARD)
+#define KERNEL gspn2_backward
+#else
+#define KERNEL gspn2_sum_partials
+#endif
+
+extern "C" int run(const Params* params, int grid, int block_x, int block_y, int cluster,
+                   int shared_bytes, unsigned seed, char* message, int message_size) {
+    const std::string error = emulation::launch([=] { KERNEL(*params); }, grid, {block_x, block_y, 1}, cluster, shared_bytes, seed);
+    std::snprintf(message, message_size, "%s", error.c_str());
+    return error.empty() ? 0 : 1;
+}
+
+#if !defined(GSPN2_SUM_PARTIALS)
+// The kernels' own count of the shared memory that a block needs.
+extern "C" int needed_shared_bytes(int positions, int lanes, int tensors) {
+#if defined(GSPN2_FORWARD)
+    const auto count = forward_shared_bytes;
+#else
+    const auto count = backward_shared_bytes;
+#endif
+    return count(positions, lanes, sizeof(GSPN2_STORAGE), sizeof(GSPN2_LOGITS), GSPN2_VEC, GSPN2_SETS, GSPN2_STAGES, tensors);
+}
+#endif
+
+extern "C" int params_bytes() { return sizeof(Params); }

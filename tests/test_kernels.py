@@ -1,0 +1,239 @@
+"""The CUDA sources, compiled for the host and run by tests/emulation, against float64 torch; the launcher's table."""
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from gspn2_diffusion.ops import cuda, eager
+from gspn2_diffusion.ops.cuda import Device, Launch, Work
+from gspn2_diffusion.ops.validation import DIRECTIONS
+
+from .emulated import DEVICES, execute, library, needs_compiler
+from .scan_cases import CASES, NAMES, Case, assert_close, make_inputs
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALL = Device((8, 0), 108, 20_000)
+# Beyond the common cases: lines split over a cluster (ragged last share, weights for each channel), lines longer than a
+# block, lines that fit only with narrow vectors or without staging.
+EMULATED = [
+    *[(case, TYPES[i % 3], DEVICES["h100"]) for i, case in enumerate(CASES) if case.H * case.W < 5000],
+    (Case(1, 3, 200, 16, merge="sum", gates="shared"), torch.float32, DEVICES["h100"]),
+    (Case(1, 131, 3, 8, 8, gates="lam", directions=("left", "down")), torch.float32, DEVICES["b200"]),
+    (Case(1, 3, 520, 16, fused=True, directions=("up",)), torch.bfloat16, DEVICES["h100"]),
+    (Case(1, 2, 1100, 8, directions=("down",)), torch.bfloat16, DEVICES["a100"]),
+    (Case(1, 3, 600, 8, directions=("down", "right")), torch.bfloat16, SMALL),
+    (Case(1, 3, 600, 4, 4, directions=("up",), gates="lam"), torch.float32, SMALL),
+]
+EMULATED_IDS = [
+    f"{case}-{str(dtype)[6:]}-sm{device.capability[0]}{device.capability[1]}" for case, dtype, device in EMULATED
+]
+
+
+def options(case: Case) -> tuple[list[int], bool, int, bool]:
+    directions = [DIRECTIONS.index(d) for d in case.directions]
+    return directions, case.normalizer == "softmax", case.segment or 0, case.merge == "sum"
+
+
+def in_nan(t: torch.Tensor | None) -> torch.Tensor | None:
+    """The same tensor, strides and alignment, in a storage that begins and ends with NaN."""
+    if t is None:
+        return None
+    storage = torch.tensor([], dtype=t.dtype).set_(t.untyped_storage())
+    buffer = torch.full((storage.numel() + 128,), float("nan"), dtype=t.dtype)
+    buffer[64:-64] = storage
+    return buffer.as_strided(t.shape, t.stride(), t.storage_offset() + 64)
+
+
+def run(case: Case, dtype: torch.dtype, device: Device, seed: int = 0) -> tuple[dict, dict, list[Launch]]:
+    """Results of the emulated kernels and of torch in float64, by name, and the launches."""
+    inputs = [t if t is None else t.detach() for t in make_inputs(case, dtype)]
+    exact = [t if t is None else t.double() for t in inputs]
+    inputs = [in_nan(t) for t in inputs]
+    launches: list[Launch] = []
+
+    def emulate(launch: Launch) -> None:
+        launches.append(launch)
+        execute(launch, seed)
+
+    torch.use_deterministic_algorithms(True)  # fills the outputs' memory with NaN
+    try:
+        y, state = cuda.scan_forward(*inputs, *options(case), True, device=device, execute=emulate)
+        expected_y, expected_state = eager.scan_forward(*exact, *options(case), True)
+        grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        grads = cuda.scan_backward(grad_y, state, *inputs, *options(case), device=device, execute=emulate)
+        expected_grads = eager.scan_backward(grad_y.double(), expected_state, *exact, *options(case))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    names = ("y", "state", *(f"d_{name}" for name in NAMES))
+    return (
+        dict(zip(names, (y, state, *grads), strict=True)),
+        dict(zip(names, (expected_y, expected_state, *expected_grads), strict=True)),
+        launches,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "dtype", "device"), EMULATED, ids=EMULATED_IDS)
+def test_emulated_kernels_match_torch(case, dtype, device):
+    got, expected, _ = run(case, dtype, device)
+    for name, value in got.items():
+        assert value.dtype == dtype
+        assert_close(name, value, expected[name])
+
+
+@needs_compiler
+def test_half_storage_with_float32_logits():
+    case, device = Case(1, 4, 6, 8, 2), DEVICES["h100"]
+    x, lam, u, logits = (t.detach() for t in make_inputs(case, torch.bfloat16))
+    got = cuda.scan_forward(x, lam, u, logits.float(), *options(case), False, device=device, execute=execute)[0]
+    assert_close("y", got, eager.scan_forward(x, lam, u, logits, *options(case), False)[0])
+
+
+@needs_compiler
+def test_same_bits_in_any_order_of_threads():
+    case = Case(1, 3, 200, 16, merge="sum", gates="shared")
+    first, _, launches = run(case, torch.float32, DEVICES["h100"], seed=1)
+    again, _, _ = run(case, torch.float32, DEVICES["h100"], seed=2)
+    assert [launch.cluster for launch in launches] == [3, 3, 1], "meant to cover a split line and its sums over blocks"
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [30, 3000])
+def test_extreme_logits_stay_finite(scale):
+    case = Case(1, 4, 5, 4)
+    x, lam, u, logits = (t.detach() for t in make_inputs(case, torch.float32))
+    inputs = (x, lam, u, logits * scale)
+    y, state = cuda.scan_forward(*inputs, *options(case), True, device=DEVICES["h100"], execute=execute)
+    expected = eager.scan_forward(*(t.double() for t in inputs), *options(case), True)[0]
+    assert_close("y", y, expected)
+    grads = cuda.scan_backward(y, state, *inputs, *options(case), device=DEVICES["h100"], execute=execute)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+# The self-attentions of SDXL and SD 1.5 at their sizes, 4K, 16K, odd sides, and the first GSPN's shape.
+SHAPES = {
+    "sdxl-1024-640": (2, 64, 64, 80, 1, 4),
+    "sdxl-1024-1280": (2, 32, 32, 160, 1, 4),
+    "sd15-512-320": (2, 64, 64, 40, 1, 4),
+    "sd15-512-640": (2, 32, 32, 80, 1, 4),
+    "sd15-512-1280": (2, 16, 16, 160, 1, 4),
+    "sd15-512-middle": (2, 8, 8, 160, 1, 4),
+    "sdxl-4k-640": (2, 256, 256, 80, 1, 4),
+    "sdxl-4k-1280": (2, 128, 128, 160, 1, 4),
+    "sdxl-16k-640": (1, 1024, 1024, 40, 1, 4),
+    "longest": (1, 2048, 2048, 40, 1, 4),
+    "batch-16": (16, 1024, 1024, 8, 1, 4),
+    "first-gspn": (16, 1024, 1024, 8, 8, 1),
+    "wide-1024x576": (2, 72, 128, 40, 1, 4),
+    "bottom-9x16": (2, 9, 16, 160, 1, 4),
+    "odd": (1, 57, 31, 3, 1, 4),
+    "groups": (2, 64, 64, 40, 2, 4),
+}
+
+
+def work_of(shape: tuple[int, ...], size: int, backward: bool, segment: int | None = None, aligned: int = 16) -> Work:
+    B, H, W, D, G, K = shape
+    while aligned > size and D * size % aligned:
+        aligned //= 2
+    gates = 1 if G == D else 2
+    return Work(B, H, W, D, G, K, segment or max(H, W), size, size, aligned, aligned, 1 + gates + backward, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("size", [2, 4], ids=["half", "float32"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_table_gives_a_launch_that_fits(device, name, size, backward):
+    limits = DEVICES[device]
+    for segment in (None, 4):
+        for aligned in (16, 8, 4, size):
+            work = work_of(SHAPES[name], size, backward, segment, aligned)
+            variant = cuda.choose(work, limits)
+            threads = variant.block[0] * variant.block[1]
+            assert variant.shared <= limits.shared
+            assert threads % 32 == 0 and threads <= (256 if variant.sets == 8 else cuda.LARGEST_BLOCK)
+            assert variant.vec * size <= max(aligned, size) and work.D % variant.vec == 0
+            assert variant.lanes <= variant.block[0] <= 32 and variant.slices * variant.lanes * variant.vec >= work.D
+            assert variant.cluster == 1 or (limits.capability >= (9, 0) and variant.cluster <= 8)
+            assert variant.grid == work.B * work.K * work.segments * variant.slices * variant.cluster < 2**31
+            assert variant.stages > 0 or variant.vec * size < 4 or limits.shared < 150_000
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "vec", "lanes", "cluster", "blocks"),
+    [
+        ("first-gspn", 4, 4, 2, 8, 128),  # a line over a whole cluster, or 16 of 132 processors would work
+        ("sdxl-1024-640", 2, 8, 1, 1, 80),  # half sectors rather than half of the processors
+        ("sdxl-1024-1280", 2, 8, 2, 1, 80),
+        ("sdxl-4k-640", 2, 8, 2, 3, 120),
+        ("sdxl-4k-1280", 2, 8, 2, 1, 80),
+        ("sdxl-16k-640", 2, 8, 2, 8, 96),
+        ("batch-16", 2, 8, 1, 2, 128),
+    ],
+)
+def test_table_on_an_h100(name, size, vec, lanes, cluster, blocks):
+    variant = cuda.choose(work_of(SHAPES[name], size, backward=False), DEVICES["h100"])
+    assert (variant.vec, variant.lanes, variant.cluster, variant.grid) == (vec, lanes, cluster, blocks)
+
+
+def test_line_that_cannot_fit_says_so():
+    with pytest.raises(
+        ValueError, match=r"A line of 2048 positions needs at least 16400 bytes .* this GPU has 10000; .*\.$"
+    ):
+        cuda.choose(work_of(SHAPES["longest"], 4, backward=False), Device((8, 0), 108, 10_000))
+
+
+@needs_compiler
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("name", "size"), [("first-gspn", 4), ("sdxl-1024-640", 2), ("odd", 2)])
+def test_shared_memory_is_counted_as_the_kernels_count_it(name, size, backward):
+    dtype = torch.float32 if size == 4 else torch.bfloat16
+    work = work_of(SHAPES[name], size, backward)
+    variant = cuda.choose(work, DEVICES["h100"])
+    defines = cuda.defines("BACKWARD" if backward else "FORWARD", variant, dtype, dtype)
+    positions = -(-work.line // variant.cluster)
+    assert library(defines).needed_shared_bytes(positions, variant.lanes, work.tensors) == variant.shared
+    assert library(defines).params_bytes() == cuda.PARAMS.size
+
+
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
+    by_capability = {f"{major}{minor}": limits for limits in DEVICES.values() for major, minor in [limits.capability]}
+    jobs = set()
+    for name, size in [("sdxl-1024-640", 2), ("first-gspn", 4), ("first-gspn", 2), ("sdxl-16k-640", 4), ("odd", 2)]:
+        for architecture in ARCHITECTURES:
+            for backward in (False, True):
+                dtype = torch.float32 if size == 4 else torch.bfloat16
+                variant = cuda.choose(work_of(SHAPES[name], size, backward), by_capability[architecture])
+                kernel = "BACKWARD" if backward else "FORWARD"
+                jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype)))
+    source = tmp_path / "gspn2.cu"
+    source.write_text(cuda.kernel_source())
+
+    def compile_one(job: tuple[str, tuple[str, ...]]) -> str:
+        architecture, defines = job
+        flags = [
+            "-std=c++17",
+            "-cubin",
+            "-Xptxas=-v",
+            "-Werror=all-warnings",
+            f"-arch=sm_{architecture}",
+            "-o",
+            "/dev/null",
+        ]
+        done = subprocess.run(["nvcc", *flags, *defines, str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return "" if "0 bytes spill stores, 0 bytes spill loads" in done.stderr else f"{job}: {done.stderr}"
+
+    with ThreadPoolExecutor(2) as pool:
+        spilled = [report for report in pool.map(compile_one, sorted(jobs)) if report]
+    assert not spilled, "\n".join(spilled)
