@@ -1,10 +1,11 @@
 """The tiny model's parts, untrained: sizes, tokenizer, schedule."""
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from gspn2_diffusion.evaluation.vocabulary import (
@@ -68,28 +69,30 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
+def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merges that make each word one token. Ties go by the alphabet (those of `tokenizers`' trainer vary from run to
+    run, and with them the numbers of the tokens)."""
+    spelt = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for symbols in spelt for pair in pairwise(symbols)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for symbols in spelt:
+            for i in range(len(symbols) - 1, 0, -1):
+                if tuple(symbols[i - 1 : i + 1]) == best:
+                    symbols[i - 1 : i + 1] = ["".join(best)]
+    return merges
+
+
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIP tokenizer for which every word of the scenes is one token; other words are spelt."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        min_frequency=1,
-        initial_alphabet=list(letters),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator([*WORDS, *letters], trainer)
-    state = json.loads(bpe.to_str())["model"]
-    tokens = sorted(state["vocab"], key=state["vocab"].get)
-    tokens += [f"{c}</w>" for c in letters if f"{c}</w>" not in state["vocab"]]
+    merges = byte_pair_merges(WORDS)
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *("".join(pair) for pair in merges)]
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    merges = [m if isinstance(m, str) else " ".join(m) for m in state["merges"]]
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
     return CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
     )
@@ -120,4 +123,5 @@ def make_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # unused by "trailing"; diffusers asks for it
     )

@@ -1,12 +1,11 @@
-"""Train the shipped model from scratch on an image folder of scenes, stage by stage: VAE, text, teacher.
+"""Train the shipped model from scratch on an image folder of scenes: VAE, text encoder, UNet (the teacher).
 
     python examples/scenes/scenes.py --out outputs/scenes --num 40000
-    accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny --stage vae --steps 2500
-    accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny --stage text --steps 600
-    accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny --stage unet --steps 8000
+    accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny
     python examples/tiny_model/export.py --run outputs/tiny --out gspn2_diffusion/assets/tiny-scenes
 
-A stage that is started again goes on from its last checkpoint. Losses are appended to `OUT/STAGE.jsonl`.
+A stage that is started again goes on from its last checkpoint, so that the same command, given `--minutes`, can be run
+until it says that all is trained. Losses are appended to `OUT/STAGE.jsonl`.
 """
 
 import argparse
@@ -69,6 +68,11 @@ def stage_weights(folder: Path, ema: bool = False) -> dict[str, torch.Tensor]:
     return weights
 
 
+def steps_done(folder: Path) -> int:
+    state = folder / "state.json"
+    return json.loads(state.read_text())["step"] if state.exists() else 0
+
+
 def to_model(pictures: torch.Tensor, device) -> torch.Tensor:
     return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -82,8 +86,8 @@ class Run:
         self.folder = args.out / args.stage
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.step = 0
-        if (self.folder / "state.json").exists():
+        self.step = steps_done(self.folder)
+        if self.step:
             self.load()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -104,7 +108,6 @@ class Run:
         (self.folder / "state.json").write_text(json.dumps({"step": self.step, "parameters": names}))
 
     def load(self) -> None:
-        self.step = json.loads((self.folder / "state.json").read_text())["step"]
         tensors = load_file(self.folder / "checkpoint.safetensors")
         part = lambda name: {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}  # noqa: E731
         self.accelerator.unwrap_model(self.model).load_state_dict(part("model"))
@@ -131,8 +134,8 @@ class Run:
         left = (self.args.steps - self.step) / max(self.args.steps * self.args.decay, 1)
         return min(warm, left)
 
-    def train(self, loss_of) -> None:
-        """Run `loss_of(rng, generator) -> (loss, figures)` until the last step or until the time is up."""
+    def train(self, loss_of) -> int:
+        """Run `loss_of(rng, generator) -> (loss, figures)` until the last step or the time is up; the step reached."""
         started, log = time.monotonic(), []
         bar = tqdm(
             initial=self.step,
@@ -165,14 +168,18 @@ class Run:
                 if self.step % self.args.save_every == 0:
                     self.save()
         self.save()
+        return self.step
 
 
-def train_vae(args, accelerator: Accelerator) -> None:
+def train_vae(args, accelerator: Accelerator) -> int:
     """Crops for the first four fifths (four times cheaper), whole pictures for the last."""
+    if accelerator.num_processes > 1:
+        raise SystemExit("The VAE trains in one process; start --stage vae with --num_processes 1.")
     pictures = Folder(args.data, args.limit or 8000).pictures()
     model = make_vae()
     model, optimizer = accelerator.prepare(model, MuonAdamW(parameter_groups(model, lr=args.lr)))
     run = Run(args, model, optimizer, accelerator)
+    (args.out / "latents.safetensors").unlink(missing_ok=True)  # an earlier VAE's
     vae = accelerator.unwrap_model(model)
 
     def loss_of(rng, generator):
@@ -189,7 +196,7 @@ def train_vae(args, accelerator: Accelerator) -> None:
         figures = {"error": error.item(), "kl": kl.item(), "std": posterior.std.mean().item(), "size": size}
         return error + args.kl * kl, figures
 
-    run.train(loss_of)
+    return run.train(loss_of)
 
 
 NOUNS = {word: i for i, word in enumerate(SHAPES)} | {word: SHAPES.index(shape) for word, shape in PLURALS.items()}
@@ -245,7 +252,7 @@ class TextReader(nn.Module):
         return torch.stack(losses).mean()
 
 
-def train_text(args, accelerator: Accelerator) -> None:
+def train_text(args, accelerator: Accelerator) -> int:
     """The text encoder learns to bind attributes to nouns from captions alone."""
     captions = Folder(args.data, args.limit).captions
     tokenizer = make_tokenizer(args.out / "tokenizer")
@@ -256,7 +263,7 @@ def train_text(args, accelerator: Accelerator) -> None:
     def loss_of(rng, generator):
         return reader([captions[i] for i in rng.integers(len(captions), size=args.batch)]), {}
 
-    run.train(loss_of)
+    return run.train(loss_of)
 
 
 @torch.no_grad()
@@ -295,7 +302,7 @@ def trained_text_encoder(args, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return encoder.eval()
 
 
-def train_unet(args, accelerator: Accelerator) -> None:
+def train_unet(args, accelerator: Accelerator) -> int:
     """The teacher: v-prediction on cached latents and embeddings; a tenth of the captions is dropped for guidance."""
     captions = Folder(args.data, args.limit).captions
     latents, _ = encode_all(args, accelerator)
@@ -327,14 +334,14 @@ def train_unet(args, accelerator: Accelerator) -> None:
         high = timesteps > 0.7 * total
         return each.mean(), {"high_noise": each[high].mean().item(), "low_noise": each[~high].mean().item()}
 
-    run.train(loss_of)
+    return run.train(loss_of)
 
 
 STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet}
 DEFAULTS = {
-    "vae": {"batch": 16, "lr": 3e-3, "ema": 0.0},
-    "text": {"batch": 128, "lr": 2e-3, "ema": 0.0},
-    "unet": {"batch": 32, "lr": 3e-3, "ema": 0.999},
+    "vae": {"steps": 4000, "batch": 16, "lr": 3e-3, "ema": 0.0},
+    "text": {"steps": 500, "batch": 128, "lr": 2e-3, "ema": 0.0},
+    "unet": {"steps": 15000, "batch": 128, "lr": 3e-3, "ema": 0.999},
 }
 
 
@@ -342,8 +349,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="image folder with metadata.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
-    parser.add_argument("--stage", choices=[*STAGES], required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
+    parser.add_argument("--steps", type=int, help="of one stage")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, with a checkpoint, after this long")
     parser.add_argument("--limit", type=int, help="use only the first pictures")
     parser.add_argument("--batch", type=int, help="samples of a step on each process")
@@ -361,10 +368,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args()
-    for name, value in DEFAULTS[args.stage].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.stage == "all" and args.steps is not None:
+        parser.error("--steps is the length of one stage; name it with --stage")
     return args
+
+
+def for_stage(args: argparse.Namespace, stage: str) -> argparse.Namespace:
+    chosen = {k: v for k, v in vars(args).items() if v is not None}
+    return argparse.Namespace(**{**vars(args), **DEFAULTS[stage], **chosen, "stage": stage})
 
 
 def main() -> None:
@@ -376,9 +387,20 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
-    set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    STAGES[args.stage](args, accelerator)
+    started = time.monotonic()
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        chosen = for_stage(args, stage)
+        if steps_done(args.out / stage) >= chosen.steps:
+            accelerator.print(f"{stage}: done before.")
+            continue
+        chosen.minutes = args.minutes - (time.monotonic() - started) / 60
+        set_seed(args.seed)
+        step = STAGES[stage](chosen, accelerator)
+        if step < chosen.steps:
+            accelerator.print(f"{stage}: {step} of {chosen.steps} steps; run the same command again to go on.")
+            return
+        accelerator.print(f"{stage}: all {step} steps done.")
 
 
 if __name__ == "__main__":
