@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import platform
 
 import torch
@@ -27,11 +28,20 @@ def run(args: argparse.Namespace) -> int:
     print(f"  {'cupy':<13} {next((found for found in map(version_of, cupy_names()) if found[0].isdigit()), 'absent')}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"Device: {device} ({name})")
-    print("Scan:   plain PyTorch")
+    print(f"Scan:   {scan_path(device)}")
     print("Supported models:")
     for model, examples in supported_models().items():
         print(f"  {model:<28} {examples}")
     return 0
+
+
+def scan_path(device: torch.device) -> str:
+    """What runs `gspn2_scan` on the device."""
+    if device.type != "cuda":
+        return "plain PyTorch"
+    if importlib.util.find_spec("cupy"):
+        return "fused CUDA kernel, through CuPy"
+    return "nothing yet: CuPy is missing; pip install 'gspn2-diffusion[cuda13]' (or [cuda12])"
 
 
 def version_of(package: str) -> str:
