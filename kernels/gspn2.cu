@@ -2,6 +2,9 @@
 // GSPN2_ and: FORWARD, BACKWARD or SUM_PARTIALS, the kernel; STORAGE, LOGITS, element types; VEC, channels of a thread; SETS, its
 // weight sets (1, or VEC where each channel has its own); STAGES, lines staged ahead; CLUSTER, blocks to a line; THREADS, threads
 // of the largest block.
+#include "backward.cuh"
+#include "forward.cuh"
+
 #if GSPN2_CLUSTER > 1
 #define GSPN2_KERNEL extern "C" __global__ void __cluster_dims__(GSPN2_CLUSTER, 1, 1) __launch_bounds__(GSPN2_THREADS, 1)
 #else
@@ -9,16 +12,13 @@
 #endif
 
 #if defined(GSPN2_FORWARD)
-#include "forward.cuh"
 GSPN2_KERNEL gspn2_forward(const Params p) {
     scan_forward<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_STAGES, GSPN2_CLUSTER>(p);
 }
 #elif defined(GSPN2_BACKWARD)
-#include "backward.cuh"
 GSPN2_KERNEL gspn2_backward(const Params p) {
     scan_backward<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_STAGES, GSPN2_CLUSTER>(p);
 }
 #elif defined(GSPN2_SUM_PARTIALS)
-#include "backward.cuh"
 GSPN2_KERNEL gspn2_sum_partials(const Params p) { sum_partials<GSPN2_LOGITS>(p); }
 #endif

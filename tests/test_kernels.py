@@ -209,7 +209,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
     by_capability = {f"{major}{minor}": limits for limits in DEVICES.values() for major, minor in [limits.capability]}
     jobs = set()
-    for name, size in [("sdxl-1024-640", 2), ("first-gspn", 4), ("first-gspn", 2), ("sdxl-16k-640", 4), ("odd", 2)]:
+    for name, size in [("sdxl-1024-640", 2), ("first-gspn", 4), ("first-gspn", 2), ("odd", 2)]:
         for architecture in ARCHITECTURES:
             for backward in (False, True):
                 dtype = torch.float32 if size == 4 else torch.bfloat16
@@ -231,7 +231,7 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
             "/dev/null",
         ]
         done = subprocess.run(["nvcc", *flags, *defines, str(source)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, f"{job}: {done.stderr[:2000]}"
         return "" if "0 bytes spill stores, 0 bytes spill loads" in done.stderr else f"{job}: {done.stderr}"
 
     with ThreadPoolExecutor(2) as pool:

@@ -1,0 +1,65 @@
+"""Run the scan's kernels over awkward shapes under compute-sanitizer's four tools.
+
+python benchmarks/sanitize.py
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from gspn2_diffusion.ops import gspn2_scan
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# B, H, W, D, G, segment, merge, output gate, K: edges, odd sizes, unaligned channels, split lines, lines longer than a
+# block.
+SHAPES = [
+    (1, 1, 1, 1, 1, None, "concat", True, 4),
+    (2, 7, 3, 3, 1, 2, "sum", True, 4),
+    (1, 16, 33, 40, 2, None, "concat", True, 4),
+    (1, 33, 16, 8, 8, 5, "concat", False, 4),
+    (1, 5, 140, 16, 1, None, "sum", True, 4),
+    (1, 3, 600, 8, 8, None, "concat", False, 1),
+    (1, 1100, 2, 8, 1, None, "concat", True, 4),
+]
+
+
+def work() -> None:
+    for B, H, W, D, G, segment, merge, gated, K in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            directions = ("right", "left", "down", "up")[-K:]
+            x = torch.randn(B, H, W, D, device="cuda", dtype=dtype, requires_grad=True)
+            lam = torch.rand(B, H, W, K, D, device="cuda", dtype=dtype, requires_grad=True)
+            logits = torch.randn(B, H, W, K, G, 3, device="cuda", dtype=dtype, requires_grad=True)
+            u = torch.randn(B, H, W, 1, D, device="cuda", dtype=dtype, requires_grad=True) if gated else None
+            gspn2_scan(x, lam, u, logits, directions=directions, segment=segment, merge=merge).sum().backward()
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--work", action="store_true", help="run the shapes, without a tool")
+    args = parser.parse_args()
+    if args.work:
+        return work()
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        raise SystemExit("compute-sanitizer is not on the PATH; install the CUDA toolkit that has it.")
+    failed = []
+    for tool in args.tools:
+        # Only our kernels: initcheck would report torch's own buffers.
+        command = [sanitizer, "--tool", tool, "--kernel-name", "kns=gspn2_", "--error-exitcode", "1"]
+        done = subprocess.run([*command, sys.executable, __file__, "--work"], capture_output=True, text=True)
+        print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)
+        if done.returncode:
+            failed.append(tool)
+            print((done.stdout + done.stderr)[-3000:])
+    if failed:
+        raise SystemExit(f"compute-sanitizer found errors with {', '.join(failed)}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""Time the fused scan against its floor and against what it replaces, and check it against float64, in one run.
+
+    python benchmarks/scan.py --out outputs/benchmarks/scan
+
+For each shape, type and pass: GPU time (median of CUDA-graph replays over rotated inputs), floor (every element moved
+once, at the copy bandwidth measured in this run), their ratio, the largest error, and, forward: the scan as one
+compiled torch graph, one compiled launch per line, and softmax attention (SDPA) over as many tokens. Writes scan.csv,
+scaling.csv and two plots. On a CPU (`--device cpu --shapes tiny`) it only shows that it runs.
+"""
+
+import argparse
+import csv
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from gspn2_diffusion.ops import eager, gspn2_scan
+
+ALL = ("right", "left", "down", "up")
+
+
+class Shape(NamedTuple):
+    B: int
+    H: int
+    W: int
+    D: int
+    G: int = 1
+    directions: tuple[str, ...] = ALL
+    output_gate: bool = True
+
+
+SHAPES = {
+    "first-gspn": Shape(16, 1024, 1024, 8, 8, ("right",), output_gate=False),
+    "sdxl-64": Shape(2, 64, 64, 80),
+    "sdxl-32": Shape(2, 32, 32, 160),
+    "4k-256": Shape(2, 256, 256, 80),
+    "4k-128": Shape(2, 128, 128, 160),
+    "16k-1024": Shape(1, 1024, 1024, 40),
+    "batch-1024": Shape(16, 1024, 1024, 8),
+    "wide-72x128": Shape(2, 72, 128, 40),
+    "tiny": Shape(1, 8, 8, 8),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LONGEST_LOOP = 128  # lines: beyond, compiling the unrolled torch loop takes minutes
+MOST_TOKENS = 70_000  # beyond, softmax attention alone would take the whole run
+
+
+class Timer:
+    def __init__(self, device: torch.device, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+
+    def __call__(self, work: Callable[[int], object], sets: int = 1) -> float:
+        """Median seconds of `work(i)`, i cycling over `sets` inputs: of graph replays on a GPU, of calls on a CPU."""
+        for i in range(2 * sets):
+            work(i % sets)
+        if self.device.type == "cpu":
+            return self._median(lambda: work(0), 1)
+        # A graph of several calls hides the launch gaps; enough input sets keep the second-level cache cold.
+        calls = max(sets, 8)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                work(i % sets)
+        graph.replay()
+        return self._median(graph.replay, calls)
+
+    def _median(self, work: Callable[[], object], calls: int) -> float:
+        times = []
+        for _ in range(self.repeats):
+            if self.device.type == "cpu":
+                start = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - start)
+                continue
+            start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start_event.record()
+            work()
+            end_event.record()
+            end_event.synchronize()
+            times.append(start_event.elapsed_time(end_event) / 1e3)
+        return median(times) / calls
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor | None]:
+    """x, lam, u, logits: strided views of one projection, as in the layer; separate for the first GSPN's work."""
+    B, H, W, D, G, directions, output_gate = shape
+    K = len(directions)
+    widths = [D, K * D, K * D if output_gate else 0, K * G * 3]
+    if output_gate:
+        padded = -(-sum(widths) // 8) * 8
+        parts = torch.randn(B, H, W, padded, device=device, dtype=dtype)[..., : sum(widths)].split(widths, -1)
+    else:
+        parts = tuple(torch.randn(B, H, W, width, device=device, dtype=dtype) for width in widths)
+    x, lam, u, logits = parts
+    gates = [g.unflatten(-1, (K, D)).sigmoid_() if g.shape[-1] else None for g in (lam, u)]
+    return [x, *gates, logits.unflatten(-1, (K, G, 3))]
+
+
+def floor_bytes(shape: Shape, dtype: torch.dtype, backward: bool) -> int:
+    """Forward: x, lam, u and the logits in, y out. Backward: those, dy and the state in, the gradients out."""
+    B, H, W, D, G, directions, output_gate = shape
+    K = len(directions)
+    inputs = D + K * D * (1 + output_gate) + 3 * G * K
+    elements = 2 * inputs + 2 * K * D if backward else inputs + K * D
+    return B * H * W * elements * dtype.itemsize
+
+
+def copy_bandwidth(device: torch.device, timer: Timer) -> float:
+    """Bytes read plus bytes written a second by a large device-to-device copy."""
+    source = torch.randn((1 << 28) if device.type == "cuda" else (1 << 22), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timer(lambda _: target.copy_(source))
+
+
+def line_step(h, x, lam, u, w):
+    padded = F.pad(h, (0, 0, 1, 1))
+    h = x * lam + sum(w[..., t : t + 1] * padded[:, :, t : t + h.shape[2]] for t in range(3))
+    return h, h * u
+
+
+def launch_per_line(inputs: list[torch.Tensor | None], shape: Shape) -> Callable[[int], object]:
+    """All directions of a square map together, one compiled kernel for each line: torch's best without unrolling."""
+    B, H, _, D, _, directions, _ = shape
+    lines, K = H, len(directions)
+    x, lam, u, w = (torch.rand(lines, B, K, H, n, device=inputs[0].device, dtype=inputs[0].dtype) for n in (D, D, D, 3))
+    step = torch.compile(line_step)
+
+    def run(_: int) -> None:
+        h = torch.zeros_like(x[0])
+        for i in range(lines):
+            h, _y = step(h, x[i], lam[i], u[i], w[i])
+
+    return run
+
+
+def compiled_loop(shape: Shape) -> Callable:
+    indices = [ALL.index(d) for d in shape.directions]
+    return torch.compile(lambda *t: eager.scan_forward(*t, indices, False, 0, False, False)[0])
+
+
+def largest_error(inputs: list[torch.Tensor | None], shape: Shape) -> float:
+    """Relative to the largest value, against float64 on the same device, one image at a time."""
+    worst = 0.0
+    for b in range(min(shape.B, 2)):
+        image = [t if t is None else t[b : b + 1] for t in inputs]
+        expected = gspn2_scan(*(t if t is None else t.double() for t in image), directions=shape.directions)
+        error = (gspn2_scan(*image, directions=shape.directions) - expected).abs_().max()
+        worst = max(worst, (error / expected.abs_().max()).item())
+    return worst
+
+
+def attempt(what: str, work: Callable[[], float]) -> float | None:
+    try:
+        return work()
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        print(f"  {what}: {str(error).splitlines()[0]}")
+        return None
+
+
+def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare: bool) -> list[dict]:
+    shape, dtype, device = SHAPES[name], DTYPES[dtype_name], timer.device
+    bytes_moved = floor_bytes(shape, dtype, False)
+    sets = max(1, min(8, (200 << 20) // bytes_moved)) if device.type == "cuda" else 1
+    inputs = [make_inputs(shape, dtype, device) for _ in range(sets)]
+    rows = []
+    with torch.no_grad():
+        seconds = timer(lambda i: gspn2_scan(*inputs[i], directions=shape.directions), sets)
+        row = dict(shape=name, dtype=dtype_name, work="forward", us=seconds * 1e6)
+        row |= dict(floor_us=bytes_moved / bandwidth * 1e6, fraction=bytes_moved / bandwidth / seconds)
+        row["error"] = largest_error(inputs[0], shape)
+        start = time.perf_counter()
+        for _ in range(50):
+            gspn2_scan(*inputs[0], directions=shape.directions)
+        # Without waiting for the GPU: what Python spends, as long as the GPU keeps up.
+        row["python_us"] = (time.perf_counter() - start) / 50 * 1e6
+        if compare and shape.output_gate:
+            if max(shape.H, shape.W) <= LONGEST_LOOP:
+                loop = compiled_loop(shape)
+                row["compiled_loop_us"] = attempt("compiled loop", lambda: timer(lambda _: loop(*inputs[0])) * 1e6)
+            if shape.H == shape.W:
+                row["line_launches_us"] = attempt(
+                    "launch per line", lambda: timer(launch_per_line(inputs[0], shape)) * 1e6
+                )
+            if shape.H * shape.W <= MOST_TOKENS and shape.D % 8 == 0:
+                heads = (shape.B, shape.D // 8, shape.H * shape.W, 64)  # D is an eighth of the model's width
+                q, k, v = (torch.randn(heads, device=device, dtype=dtype) for _ in range(3))
+                row["sdpa_us"] = attempt("SDPA", lambda: timer(lambda _: F.scaled_dot_product_attention(q, k, v)) * 1e6)
+        rows.append(row)
+
+        x, lam, u, logits = inputs[0]
+        indices = [ALL.index(d) for d in shape.directions]
+        options = (indices, False, 0, False)
+        y, state = torch.ops.gspn2.scan(x, lam, u, logits, *options, u is not None)
+        state = y if u is None else state
+        grad_y = torch.randn_like(y)
+        bytes_moved = floor_bytes(shape, dtype, True)
+        seconds = timer(lambda _: torch.ops.gspn2.scan_backward(grad_y, state, x, lam, u, logits, *options))
+        row = dict(shape=name, dtype=dtype_name, work="backward", us=seconds * 1e6)
+        rows.append(row | dict(floor_us=bytes_moved / bandwidth * 1e6, fraction=bytes_moved / bandwidth / seconds))
+    return rows
+
+
+def scaling(timer: Timer, sides: list[int]) -> list[dict]:
+    rows: list[dict] = []
+    for side in sides:
+        shape = Shape(1, side, side, 16)
+        inputs = make_inputs(shape, torch.bfloat16, timer.device)
+        with torch.no_grad():
+            seconds = timer(lambda _, inputs=inputs: gspn2_scan(*inputs))
+        rows.append(dict(side=side, us=seconds * 1e6, ratio=seconds * 1e6 / rows[-1]["us"] if rows else None))
+    return rows
+
+
+def plot(rows: list[dict], sides: list[dict], out: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("No plots: install matplotlib (in the extra [train]).")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    axes.loglog([r["side"] for r in sides], [r["us"] for r in sides], "o-", base=2)
+    axes.set(xlabel="side (tokens)", ylabel="forward, µs", title="Four directions, B1 D16 bf16")
+    figure.savefig(out / "scaling.png", dpi=150)
+    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    axes.barh([f"{r['shape']} {r['dtype']} {r['work']}" for r in rows], [r["fraction"] for r in rows])
+    axes.set(xlabel="fraction of the floor", xlim=(0, 1))
+    axes.invert_yaxis()
+    figure.savefig(out / "fraction.png", dpi=150)
+
+
+def write(rows: list[dict], path: Path) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/scan"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--sides", nargs="*", type=int, default=[256, 512, 1024, 2048])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compare", action="store_true", help="only the scan itself")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+    timer = Timer(device, args.repeats)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    bandwidth = copy_bandwidth(device, timer)
+    print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.3f} TB/s (read + write)", flush=True)
+    rows: list[dict] = []
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                new = measure(shape, dtype, timer, bandwidth, not args.no_compare)
+            except torch.OutOfMemoryError as error:
+                print(f"{shape} {dtype}: {str(error).splitlines()[0]}")
+                continue
+            for row in new:
+                shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()}
+                print(" ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
+            rows += new
+            write(rows, args.out / "scan.csv")
+    sides = scaling(timer, args.sides)
+    for row in sides:
+        print(f"side {row['side']}: {row['us']:.1f} us" + (f", x{row['ratio']:.2f}" if row["ratio"] else ""))
+    if sides:
+        write(sides, args.out / "scaling.csv")
+        plot(rows, sides, args.out)
+    print(f"Wrote {args.out}/")
+
+
+if __name__ == "__main__":
+    main()
