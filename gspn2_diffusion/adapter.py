@@ -27,7 +27,8 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
 
     Args:
         base_class: class name of the model the layers belong to, such as `"UNet2DConditionModel"`.
-        layers: attention name -> `{"channels": C, "out_channels": width of to_out's input}`.
+        layers: attention name -> `{"channels": C, "out_channels": width of to_out's input}`, and `"text_heads"` in a
+            joint attention.
         operator: a `GSPN2Config` as a dict.
         gspn2_version: the version of gspn2_diffusion that made it.
     """
@@ -43,7 +44,14 @@ class GSPN2Adapter(ModelMixin, ConfigMixin):
         super().__init__()
         config = GSPN2Config.from_dict(operator)
         for name, widths in layers.items():
-            _place(self, name, GSPN2Layer(widths["channels"], widths["out_channels"], config))
+            _place(
+                self, name, GSPN2Layer(widths["channels"], widths["out_channels"], config, widths.get("text_heads", 0))
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        # ModelMixin prefers a config entry to a child of the same name; Lumina's blocks are called "layers".
+        children = vars(self).get("_modules", {})
+        return children[name] if name in children else super().__getattr__(name)
 
     @property
     def base_class(self) -> str:
@@ -106,7 +114,7 @@ def _place(root: Any, name: str, layer: GSPN2Layer) -> None:
     parent = root
     for part in name.split("."):
         if part not in parent._modules:
-            parent.add_module(part, nn.Module())
+            parent._modules[part] = nn.Module()
         parent = parent._modules[part]  # type: ignore[assignment]
     parent.add_module("gspn2", layer)
 

@@ -2,6 +2,6 @@
 
 from .config import GSPN2Config
 from .init import random_init, teacher_init
-from .scan_layer import GSPN2Layer
+from .scan_layer import GSPN2Layer, canvas_sides
 
-__all__ = ["GSPN2Config", "GSPN2Layer", "random_init", "teacher_init"]
+__all__ = ["GSPN2Config", "GSPN2Layer", "canvas_sides", "random_init", "teacher_init"]

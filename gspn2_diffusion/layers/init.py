@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scan_layer import GSPN2Layer
+from .scan_layer import TEXT_SHARE, GSPN2Layer
 
 
 @torch.no_grad()
@@ -51,6 +51,10 @@ def teacher_init(layer: GSPN2Layer, value_weight: Tensor, out_weight: Tensor, va
     # restarts every s lines it is (s + 1) / 2 lines of s.
     segment = layer.config.segment
     up = up * ((2 if segment is None else 2 * segment / (segment + 1)) / directions)
+    if layer.text_share is not None:
+        # Softmax over text and image gave the image what the text did not take.
+        layer.text_share.fill_(math.log(TEXT_SHARE / (1 - TEXT_SHARE)))
+        up = up * (1 - TEXT_SHARE)
     copies = directions if layer.config.merge == "concat" else 1
     layer.scan_out.weight.copy_(up.repeat(1, copies))
 
@@ -58,6 +62,8 @@ def teacher_init(layer: GSPN2Layer, value_weight: Tensor, out_weight: Tensor, va
 @torch.no_grad()
 def random_init(layer: GSPN2Layer, seed: int) -> None:
     """PyTorch's default for linear layers (uniform in +-1/sqrt(fan_in)), from a generator of its own."""
+    if layer.text_share is not None:
+        layer.text_share.fill_(math.log(TEXT_SHARE / (1 - TEXT_SHARE)))
     generator = torch.Generator().manual_seed(seed)
     for linear in (layer.scan_in, layer.scan_out):
         bound = 1 / math.sqrt(linear.in_features)
@@ -70,4 +76,5 @@ def random_init(layer: GSPN2Layer, seed: int) -> None:
 def dense_weight(linear: Any) -> Tensor:
     """The (out, in) weight under a linear layer, looking through a LoRA wrapper and a quantised tensor."""
     weight = getattr(linear, "base_layer", linear).weight
-    return weight.dequantize() if hasattr(weight, "dequantize") and not weight.is_floating_point() else weight
+    quantised = type(weight) not in (torch.nn.Parameter, Tensor) or not weight.is_floating_point()
+    return weight.dequantize() if quantised and hasattr(weight, "dequantize") else weight

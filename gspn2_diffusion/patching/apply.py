@@ -14,9 +14,17 @@ from torch import nn
 
 from ..adapter import GSPN2Adapter, few
 from ..layers import GSPN2Config, random_init, teacher_init
-from ..layers.init import dense_weight
 from .families import Family, Site, family_of, find_model
 from .grid import BlockHook, GridRecord, ScopeHook, remove_hooks
+from .neighbours import (
+    BaseModelSaver,
+    GuardHook,
+    layer_dtype,
+    offloading_lifted,
+    refuse_ip_adapter,
+    refuse_parallelism,
+    tell_of_lora,
+)
 from .processors import LAYER, PROCESSORS, STATE, PatchState
 
 logger = logging.getLogger(__name__)
@@ -52,22 +60,30 @@ def apply_gspn2(
     model = find_model(pipe_or_model)
     family = family_of(model)
     assert family is not None
+    refuse_parallelism(model)
+    if adapter is not None and config is not None:
+        raise ValueError("config was given beside an adapter, which brings its own; leave one of them out.")
+    if adapter is not None and not isinstance(adapter, GSPN2Adapter):
+        adapter = GSPN2Adapter.from_pretrained(adapter)
     sites = {site.name: site for site in family.find_sites(model)}
+    with offloading_lifted(model):
+        if adapter is None:
+            loaded = _new_adapter(model, family, sites, config or GSPN2Config())
+        else:
+            loaded = adapter
+            _check_fits(loaded, model, family, sites)
+        chosen = [sites[name] for name in loaded.layer_names]
+        for site in chosen:
+            refuse_ip_adapter(site.kind, model.get_submodule(site.name).processor)
+        remove_gspn2(model)
+        _attach(model, family, chosen, loaded)
     if adapter is None:
-        loaded = _new_adapter(model, sites, config or GSPN2Config())
         logger.warning(
             "apply_gspn2 started %d new layers in %s without an adapter; distil them before you expect pictures "
             "(examples/distill.py).",
             len(loaded.layer_names),
             type(model).__name__,
         )
-    elif config is not None:
-        raise ValueError("config was given beside an adapter, which brings its own; leave one of them out.")
-    else:
-        loaded = adapter if isinstance(adapter, GSPN2Adapter) else GSPN2Adapter.from_pretrained(adapter)
-        _check_fits(loaded, model, sites)
-    remove_gspn2(model)
-    _attach(model, family, [sites[name] for name in loaded.layer_names], loaded)
     return loaded
 
 
@@ -79,11 +95,16 @@ def remove_gspn2(pipe_or_model: Any) -> None:
         TypeError: the pipeline or model is not supported.
     """
     model = find_model(pipe_or_model)
-    for _, module, state in patched_modules(model):
-        module.set_processor(state.original[0])
-        delattr(module, LAYER)
-        delattr(module, STATE)
-    remove_hooks(model)
+    patched = patched_modules(model)
+    if not patched:
+        return
+    with offloading_lifted(model):
+        for _, module, state in patched:
+            module.set_processor(state.original[0])
+            delattr(module, LAYER)
+            delattr(module, STATE)
+        remove_hooks(model)
+        vars(model).pop("save_pretrained", None)
 
 
 @contextmanager
@@ -93,15 +114,18 @@ def gspn2_disabled(pipe_or_model: Any) -> Iterator[None]:
     Raises:
         TypeError: the pipeline or model is not supported.
     """
-    states = [state for _, _, state in patched_modules(find_model(pipe_or_model))]
-    before = [state.enabled for state in states]
-    for state in states:
+    enabled = [(module, state) for _, module, state in patched_modules(find_model(pipe_or_model)) if state.enabled]
+    for module, state in enabled:
         state.enabled = False
+        module.set_processor(state.original[0])
     try:
         yield
     finally:
-        for state, enabled in zip(states, before, strict=True):
-            state.enabled = enabled
+        for module, state in enabled:
+            # The patch may have been removed inside the block.
+            if vars(module).get(STATE) is state:
+                state.enabled = True
+                module.set_processor(PROCESSORS[state.kind]())
 
 
 def patched_modules(model: nn.Module) -> list[tuple[str, Any, PatchState]]:
@@ -109,7 +133,7 @@ def patched_modules(model: nn.Module) -> list[tuple[str, Any, PatchState]]:
     return [(name, module, vars(module)[STATE]) for name, module in model.named_modules() if STATE in vars(module)]
 
 
-def _new_adapter(model: nn.Module, sites: dict[str, Site], config: GSPN2Config) -> GSPN2Adapter:
+def _new_adapter(model: nn.Module, family: Family, sites: dict[str, Site], config: GSPN2Config) -> GSPN2Adapter:
     chosen = [
         site for site in sites.values() if config.selects(site.name) and _side(model, site, config) >= config.min_side
     ]
@@ -120,23 +144,28 @@ def _new_adapter(model: nn.Module, sites: dict[str, Site], config: GSPN2Config) 
             f"layers={config.layers!r} with min_side={config.min_side} selects none of the {len(sites)} "
             f"self-attentions ({few(sites)}); widen the choice."
         )
-    widths = {}
-    for site in chosen:
-        value, out, _ = attention_matrices(model.get_submodule(site.name))
-        widths[site.name] = {"channels": value.shape[1], "out_channels": out.shape[1]}
+    widths = {site.name: _widths(model, family, site) for site in chosen}
     # Deferred initialisation: nothing is drawn from the global generator, so users' seeds give the pictures they gave.
     with torch.device("meta"):
         adapter = GSPN2Adapter(type(model).__name__, widths, config.to_dict())
-    first = attention_matrices(model.get_submodule(chosen[0].name))[0]
-    adapter = adapter.to_empty(device=first.device if first.device.type != "meta" else "cpu").to(_float_type(first))
+    first = family.matrices(model, chosen[0]).value
+    adapter.to_empty(device=first.device if first.device.type != "meta" else "cpu")
+    # Not ModelMixin's own `to`, which warns about modules to be kept in float32 even where there are none.
+    nn.Module.to(adapter, dtype=layer_dtype(model, first))
     for site in chosen:
         layer = adapter.layer(site.name)
         if config.init == "teacher":
-            value, out, bias = attention_matrices(model.get_submodule(site.name))
-            teacher_init(layer, value, out, bias)
+            teacher_init(layer, *family.matrices(model, site))
         else:
             random_init(layer, seed=zlib.crc32(site.name.encode()))
     return adapter
+
+
+def _widths(model: Any, family: Family, site: Site) -> dict[str, int]:
+    """The widths of a layer at a site, as the adapter's config keeps them."""
+    value, out, _ = family.matrices(model, site)
+    widths = {"channels": value.shape[1], "out_channels": out.shape[1]}
+    return widths if site.kind == "self" else {**widths, "text_heads": model.get_submodule(site.name).heads}
 
 
 def _side(model: nn.Module, site: Site, config: GSPN2Config) -> int:
@@ -150,10 +179,9 @@ def _side(model: nn.Module, site: Site, config: GSPN2Config) -> int:
     return -(-smaller // site.factor)
 
 
-def _check_fits(adapter: GSPN2Adapter, model: nn.Module, sites: dict[str, Site]) -> None:
+def _check_fits(adapter: GSPN2Adapter, model: nn.Module, family: Family, sites: dict[str, Site]) -> None:
     base = adapter.base_class
-    family = family_of(model)
-    if base not in (type(model).__name__, family.model_class if family else None):
+    if base not in (type(model).__name__, family.model_class):
         raise ValueError(
             f"The adapter is for {base}, this model is {type(model).__name__}; use an adapter made for it."
         )
@@ -161,11 +189,9 @@ def _check_fits(adapter: GSPN2Adapter, model: nn.Module, sites: dict[str, Site])
     differing = []
     for name in adapter.layer_names:
         if name in sites:
-            value, out, _ = attention_matrices(model.get_submodule(name))
-            layer = adapter.layer(name)
-            needs, has = (value.shape[1], out.shape[1]), (layer.channels, layer.out_channels)
+            needs, has = _widths(model, family, sites[name]), adapter.config["layers"][name]
             if needs != has:
-                differing.append(f"{name} is {has[0]} -> {has[1]} channels, the model needs {needs[0]} -> {needs[1]}")
+                differing.append(f"{name} is for {_in_words(has)}, the model needs {_in_words(needs)}")
     problems = ([f"the model has no self-attention {few(unknown)}"] if unknown else []) + (
         [few(differing)] if differing else []
     )
@@ -175,46 +201,42 @@ def _check_fits(adapter: GSPN2Adapter, model: nn.Module, sites: dict[str, Site])
         )
 
 
+def _in_words(widths: dict[str, int]) -> str:
+    text = f" and {widths['text_heads']} text heads" if "text_heads" in widths else ""
+    return f"{widths['channels']} -> {widths['out_channels']} channels{text}"
+
+
 def _attach(model: nn.Module, family: Family, sites: list[Site], adapter: GSPN2Adapter) -> None:
     records: dict[str, GridRecord] = {}
     hooked_blocks = set()
+    attentions = []
     try:
         for site in sites:
             attention: Any = model.get_submodule(site.name)
             if site.scope not in records:
                 record = records[site.scope] = GridRecord(site.scope)
                 model.get_submodule(site.scope).register_forward_pre_hook(
-                    ScopeHook(record, family.read_grid), with_kwargs=True
+                    ScopeHook(record, family.read_layout), with_kwargs=True
                 )
             record = records[site.scope]
             block = site.name.rpartition(".")[0]
             if block not in hooked_blocks:
                 hooked_blocks.add(block)
                 model.get_submodule(block).register_forward_pre_hook(BlockHook(record), with_kwargs=True)
-            weight = attention_matrices(attention)[0]
+            weight = next(parameter for parameter in attention.parameters() if parameter.ndim == 2)
             layer = adapter.layer(site.name)
             if weight.device.type != "meta":
-                layer.to(weight.device, _float_type(weight))
+                layer.to(weight.device, layer_dtype(model, weight))
             layer.train(attention.training)
+            layer.stays_out_of_parts(site.name)
             attention.add_module(LAYER, layer)
-            object.__setattr__(attention, STATE, PatchState(site.name, (attention.processor,), record))
+            object.__setattr__(attention, STATE, PatchState(site.name, (attention.processor,), record, site.kind))
             attention.set_processor(PROCESSORS[site.kind]())
+            attentions.append(attention)
+        guard = GuardHook(attentions)
+        guard.told_of_lora = tell_of_lora(attentions)
+        model.register_forward_pre_hook(guard, with_kwargs=True)
+        object.__setattr__(model, "save_pretrained", BaseModelSaver(model))
     except BaseException:
         remove_gspn2(model)
         raise
-
-
-def attention_matrices(attention: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """W_v (inner, C), W_o (C_out, inner) and the value bias (inner,) or None of an attention module."""
-    value = dense_weight(attention.to_v)
-    bias = getattr(attention.to_v, "base_layer", attention.to_v).bias
-    to_out = getattr(attention, "to_out", None)
-    if to_out is None or isinstance(to_out[0], nn.Identity):
-        return value, torch.eye(value.shape[0], device=value.device, dtype=value.dtype), bias
-    return value, dense_weight(to_out[0]), bias
-
-
-def _float_type(weight: torch.Tensor) -> torch.dtype:
-    """The type for new layers beside `weight`: its own, or float32 beside a quantised or float8 one."""
-    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    return weight.dtype if weight.dtype in floats else torch.float32

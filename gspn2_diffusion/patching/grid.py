@@ -1,9 +1,9 @@
 """How a layer that is handed a sequence of tokens learns the sides of their map.
 
 Nothing is derived from the number of tokens: 72 x 128 and 96 x 96 have the same. A hook on the *scope* (the module that
-still sees the map) records the sides into a plain object, and the attentions below read it there. Gradient
-checkpointing runs a block again in backward, when the last recorded sides may be another call's; a hook on the block
-therefore tags the block's input tensor with its sides in the first run and restores them in the second.
+still sees the map) records the layout into a plain object, and the attentions below read it there. Gradient
+checkpointing runs a block again in backward, when the last recorded layout may be another call's; a hook on the block
+therefore tags the block's input with its layout in the first run and restores it in the second.
 """
 
 from __future__ import annotations
@@ -15,69 +15,79 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import Grid
+from .families import Layout
 
-TAG = "_gspn2_grid"
+TAG = "_gspn2_layout"
 
 
 class GridRecord:
-    """The sides of the map that the scope was called with last. Shared by the scope's hooks and the layers below."""
+    """The layout of the tokens that the scope was called with last. Shared by its hooks and the layers below."""
 
     def __init__(self, scope: str) -> None:
         self.scope = scope
-        self.grid: Grid | None = None
+        self.layout: Layout | None = None
 
-    def sides(self, tokens: int, layer: str) -> Grid:
-        """The recorded (height, width), checked against the number of tokens that arrived.
+    def read(self, tokens: int, layer: str, *, with_text: bool = False) -> Layout:
+        """The recorded layout, checked against the number of tokens that arrived.
+
+        Args:
+            tokens: how many the layer got.
+            layer: its name, for the message.
+            with_text: whether text tokens stand before the image's in the same sequence.
 
         Raises:
             RuntimeError: nothing was recorded, or the tokens do not fill the recorded map.
         """
-        if self.grid is None:
+        layout = self.layout
+        if layout is None:
             raise RuntimeError(
                 f"{layer} was called without {self.scope or 'its model'}, from which it learns the map's sides; "
                 "call the whole model, or remove_gspn2 first."
             )
-        height, width = self.grid
-        if height * width != tokens:
+        needed = sum(height * width for height, width in layout.segments) + (layout.text if with_text else 0)
+        if needed != tokens:
+            maps = " and ".join(f"{height} x {width}" for height, width in layout.segments)
+            text = f" after {layout.text} text tokens" if with_text else ""
             raise RuntimeError(
-                f"{layer} got {tokens} tokens for a map of {height} x {width} = {height * width}; "
+                f"{layer} got {tokens} tokens for a map of {maps}{text} = {needed}; "
                 "remove whatever merges or adds tokens (such as tomesd), or remove_gspn2."
             )
-        return height, width
+        return layout
 
 
-class ScopeHook:
-    """Forward pre-hook of a scope: records the sides of the map it is called with."""
+class PatchHook:
+    """A forward pre-hook that `apply_gspn2` registered. A class, so that patched models can be copied and pickled."""
 
-    def __init__(self, record: GridRecord, read_grid: Callable[[nn.Module, dict[str, Any]], Grid]) -> None:
-        self.record, self.read_grid = record, read_grid
+
+class ScopeHook(PatchHook):
+    """On a scope: records the layout of the tokens it is called with."""
+
+    def __init__(self, record: GridRecord, read_layout: Callable[[nn.Module, dict[str, Any]], Layout]) -> None:
+        self.record, self.read_layout = record, read_layout
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.record.grid = self.read_grid(module, arguments_by_name(module, args, kwargs))
+        self.record.layout = self.read_layout(module, arguments_by_name(module, args, kwargs))
 
 
-class BlockHook:
-    """Forward pre-hook of a block: makes a recomputation in backward see the sides of the first run."""
+class BlockHook(PatchHook):
+    """On a block: makes a recomputation in backward see the layout of the first run.
+
+    The tag lies on the storage, which a reentrant checkpoint's detached copy of the input shares with it.
+    """
 
     def __init__(self, record: GridRecord) -> None:
         self.record = record
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Checkpointing needs gradients, and a compiled graph recomputes by itself.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
         tokens = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(tokens, Tensor):
+        # A compiled graph recomputes by itself; without a gradient nothing does.
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not isinstance(tokens, Tensor):
             return
-        tagged = getattr(tokens, TAG, None)
-        if tagged is not None:
-            self.record.grid = tagged
-        elif self.record.grid is not None:
-            setattr(tokens, TAG, self.record.grid)
-
-
-HOOKS = (ScopeHook, BlockHook)
+        storage = tokens.untyped_storage()
+        if torch._C._current_graph_task_id() == -1:
+            setattr(storage, TAG, self.record.layout)
+        else:
+            self.record.layout = getattr(storage, TAG, self.record.layout)
 
 
 def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -87,9 +97,9 @@ def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def remove_hooks(model: nn.Module) -> None:
-    """Takes every grid hook off the model and its parts. Found by type, so copies and unpickled models are covered."""
+    """Takes every hook of ours off the model. Found by type, so copies and unpickled models are covered."""
     for module in model.modules():
         hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, HOOKS)]:
+        for key in [key for key, hook in hooks.items() if isinstance(hook, PatchHook)]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)

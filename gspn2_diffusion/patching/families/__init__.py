@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from . import unet
-from .base import Family, Grid, Site
+from . import auraflow, cogview4, flux, qwenimage, sd3, transformers, unet
+from .base import Family, Grid, Layout, Matrices, Site
 
-FAMILIES: dict[str, Family] = {family.model_class: family for family in (*unet.FAMILIES,)}
+FAMILIES: dict[str, Family] = {
+    family.model_class: family
+    for module in (unet, transformers, sd3, flux, auraflow, cogview4, qwenimage)
+    for family in module.FAMILIES
+}
 
 
 def supported_models() -> dict[str, str]:
@@ -40,4 +44,4 @@ def find_model(pipe_or_model: Any) -> nn.Module:
     raise TypeError(f"{found} is not supported; pass a pipeline or model of {', '.join(supported_models())}.")
 
 
-__all__ = ["FAMILIES", "Family", "Grid", "Site", "family_of", "find_model", "supported_models"]
+__all__ = ["FAMILIES", "Family", "Grid", "Layout", "Matrices", "Site", "family_of", "find_model", "supported_models"]
