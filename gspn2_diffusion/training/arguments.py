@@ -132,7 +132,7 @@ class TrainingArguments:
     validation_inference_steps: int = _help("Denoising steps of a validation picture.", 25)
     validation_guidance_scale: float = _help("Guidance of a validation picture.", 7.5)
     logging_steps: int = _help("Steps between lines of the log.", 10)
-    report_to: Literal["tensorboard", "wandb", "comet_ml", "all"] | None = _help("Tracker. Default: log.jsonl only.")
+    report_to: Literal["tensorboard", "wandb"] | None = _help("Tracker. Default: log.jsonl only.")
     tracker_project_name: str = _help("Project name in the tracker.", "gspn2")
 
     def __post_init__(self) -> None:

@@ -14,12 +14,7 @@ from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
 from ..adapter import GSPN2Adapter
 
@@ -47,7 +42,6 @@ class Checkpoints:
     Args:
         folder: of the run.
         accelerator: of the run.
-        step_module: the prepared `StudentStep`.
         adapter: owner of the trained layers.
         optimizer: prepared.
         ema: average of the adapter's parameters, or None.
@@ -58,14 +52,13 @@ class Checkpoints:
         self,
         folder: Path,
         accelerator: Accelerator,
-        step_module: nn.Module,
         adapter: GSPN2Adapter,
         optimizer: Any,
         ema: EMAModel | None,
         limit: int | None,
     ) -> None:
         self.folder, self.accelerator, self.limit = folder, accelerator, limit
-        self.step_module, self.adapter, self.optimizer, self.ema = step_module, adapter, optimizer, ema
+        self.adapter, self.optimizer, self.ema = adapter, optimizer, ema
 
     def save(self, step: int) -> None:
         """Writes `checkpoint-STEP` under another name, then renames it; a kill at any moment leaves the older ones.
@@ -74,14 +67,15 @@ class Checkpoints:
             CheckpointError: it could not be written, say because the disk is full. Older checkpoints are untouched.
         """
         tensors, state = self._state(step)
+        final = self.folder / f"{PREFIX}{step}"
+        partial = final.with_name(final.name + PARTIAL)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.accelerator.save_state(str(self.folder / f"deepspeed-{step}"))
+            # Each process writes its own shard of the optimizer.
+            self.accelerator.save_state(str(partial / "deepspeed"))
+            self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            final = self.folder / f"{PREFIX}{step}"
-            partial = final.with_name(final.name + PARTIAL)
             try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                partial.mkdir(parents=True, exist_ok=True)
                 full_copy(self.adapter).save_pretrained(partial / "adapter")
                 save_file(tensors, partial / "optimizer.safetensors")
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
@@ -107,8 +101,8 @@ class Checkpoints:
         state: dict[str, Any] = {"step": step}
         tensors: dict[str, Tensor] = {}
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            flat = get_optimizer_state_dict(self._module, self.optimizer.optimizer, options=_options(flatten=True))
-            tensors = {k: v.contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
+            for index, moments in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in moments.items()}
         if self.ema is not None:
             average = self.ema.state_dict()
             for index, value in enumerate(average.pop("shadow_params")):
@@ -117,10 +111,6 @@ class Checkpoints:
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return tensors, state
-
-    @property
-    def _module(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.step_module)
 
     def load(self, which: str) -> int:
         """Restores `"latest"` or a checkpoint's folder and returns its step; 0 if there is no latest one.
@@ -157,18 +147,18 @@ class Checkpoints:
             self.ema.load_state_dict({**state["ema"], "shadow_params": [average[i] for i in range(len(average))]})
             self.ema.to(self.accelerator.device)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.accelerator.load_state(str(self.folder / f"deepspeed-{state['step']}"))
+            self.accelerator.load_state(str(path / "deepspeed"))
         else:
-            template = get_optimizer_state_dict(self._module, self.optimizer.optimizer, options=_options(flatten=True))
-            flat = {key: tensors.get(key, value) for key, value in template.items()}
-            set_optimizer_state_dict(self._module, self.optimizer.optimizer, flat, options=_options(flatten=True))
+            moments: dict[int, dict[str, Tensor]] = {}
+            parameters = list(self.adapter.parameters())
+            for key, value in tensors.items():
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = sharded_like(parameters[int(index)], value)
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return state["step"]
-
-
-def _options(flatten: bool) -> StateDictOptions:
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=flatten)
 
 
 def whole(value: Tensor) -> Tensor:
@@ -189,12 +179,16 @@ def full_copy(adapter: GSPN2Adapter, values: list[Tensor] | None = None) -> GSPN
 def load_whole(adapter: GSPN2Adapter, values: dict[str, Tensor]) -> None:
     """Puts full tensors into the adapter's parameters, sharded or not."""
     for name, parameter in adapter.named_parameters():
-        value = values[name].to(parameter.device, parameter.dtype)
-        if hasattr(parameter, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
+        parameter.copy_(sharded_like(parameter, values[name].to(parameter.device, parameter.dtype)))
 
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[arg-type]
-        parameter.copy_(value)
+
+def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A full tensor of a parameter's shape, sharded as FSDP has sharded the parameter."""
+    if value.shape != parameter.shape or not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
 
 
 def _sync(folder: Path) -> None:

@@ -67,17 +67,26 @@ class StudentStep(nn.Module):
             module.register_forward_hook(self.recorder, with_kwargs=True)
 
     def forward(
-        self, latents: Tensor, noise: Tensor, indices: Tensor, conditions: dict[str, Tensor], layerwise: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        indices: Tensor,
+        conditions: dict[str, Tensor],
+        layerwise: bool = False,
+        measure: bool = False,
+    ) -> Any:
         """Args:
             latents, noise: (B, ...) float32.
             indices: (B,) timestep indices.
             conditions: the denoiser's other arguments, nested names joined by dots.
             layerwise: the first stage, in which each layer learns from the teacher's own input of it.
+            measure: return `distance` instead; here, because FSDP gathers weights for this call only.
 
         Returns:
             The loss (a scalar in float32) and its parts, detached.
         """
+        if measure:
+            return self.distance(latents, noise, indices, conditions)
         noisy, timesteps, target = self.objective.noised(latents, noise, indices)
         call = self.arguments(noisy, timesteps, conditions)
         if layerwise:

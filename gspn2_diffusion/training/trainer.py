@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from ..adapter import GSPN2Adapter, few
-from ..patching import apply_gspn2
+from ..patching import apply_gspn2, gspn2_disabled
 from ..patching.families import find_model
 from .arguments import TrainingArguments
-from .checkpoint import PARTIAL, Checkpoints, full_copy
+from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy
 from .encode import EncodedDataset, encode_dataset
 from .objective import Objective
+from .report import STEM, write_report
 from .sampling import BatchOrder, PlacedSamples, StepSampler, held_out, loader, to_device
 from .student import StudentStep
 
@@ -51,10 +56,15 @@ def train(args: TrainingArguments) -> Path | None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
     )
+    if args.report_to and not accelerator.log_with:
+        raise ValueError(f"--report_to {args.report_to} needs the package {args.report_to}; install it.")
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    _fit_backend(args, accelerator)
+    # FSDP2 shards parameters of one type together and casts them itself.
+    fsdp = accelerator.distributed_type == DistributedType.FSDP
+    dtype = torch.float32 if fsdp else DTYPES.get(accelerator.mixed_precision, torch.float32)
     pipe = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, torch_dtype=dtype
     )
@@ -70,6 +80,17 @@ def train(args: TrainingArguments) -> Path | None:
     if accelerator.is_main_process:
         args.save(folder / "training_args.json")
     return _Run(args, accelerator, pipe, data, folder).run()
+
+
+def _fit_backend(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Refuses what FSDP cannot do, and tells DeepSpeed the batch size that it takes from a data loader otherwise."""
+    kind = accelerator.distributed_type
+    for flag, used in (("layerwise_steps", args.layerwise_steps), ("validation_prompts", args.validation_prompts)):
+        if kind == DistributedType.FSDP and used:
+            # Both run parts of the model by themselves, without the hooks that gather their weights.
+            raise ValueError(f"--{flag} does not work with FSDP; leave it out, or use DDP or DeepSpeed.")
+    if kind == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
 
 
 class _Run:
@@ -107,7 +128,7 @@ class _Run:
         self.student: StudentStep = accelerator.unwrap_model(self.module)
         self.ema = EMAModel(self.adapter.parameters(), decay=args.ema_decay) if args.use_ema else None
         self.checkpoints = Checkpoints(
-            folder, accelerator, self.module, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit
+            folder, accelerator, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit
         )
         self.trained, self.held_out = held_out(data, args.holdout_samples, args.seed)
         self.samples = PlacedSamples(data, self.objective, args.seed, args.proportion_empty_prompts)
@@ -135,8 +156,8 @@ class _Run:
         start = self.checkpoints.load(args.resume_from_checkpoint) if args.resume_from_checkpoint else 0
         self.log.start(start)
         if accelerator.is_main_process:
-            for partial in self.folder.glob("*" + PARTIAL):
-                logger.info("Left over from a stopped run: %s", partial)
+            for partial in self.folder.glob(PREFIX + "*" + PARTIAL):
+                shutil.rmtree(partial)
         trainable = sum(p.numel() for p in self.adapter.parameters())
         logger.info(
             "Training %d layers (%.2f M parameters) on %d samples, %d per step, steps %d to %d.",
@@ -176,7 +197,8 @@ class _Run:
                     for name, part in {"loss": loss.detach(), **parts}.items():
                         sums[name] += part / args.gradient_accumulation_steps
                     if accelerator.sync_gradients:
-                        norm = float(accelerator.clip_grad_norm_(self.adapter.parameters(), args.max_grad_norm))
+                        # DeepSpeed clips by itself and may not say to what.
+                        norm = float(accelerator.clip_grad_norm_(self.adapter.parameters(), args.max_grad_norm) or 0)
                         finite = norm < float("inf")
                         # A GradScaler meets infinities as part of its search and skips the step by itself.
                         if finite or accelerator.scaler is not None:
@@ -184,8 +206,6 @@ class _Run:
                         failed = 0 if finite else failed + 1
                         sums["skipped_steps"] += 0.0 if finite else 1.0
                         sums["grad_norm"] += norm if finite else 0.0
-                    else:
-                        self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
             done = step + 1
             if failed >= PATIENCE:
@@ -224,8 +244,56 @@ class _Run:
         args = self.args
         regular = done > 0 and (done % args.validation_steps == 0 or done == args.max_train_steps)
         if self.held_out and (regular or done in args.distance_steps):
-            output, layers = self._distance()
+            with self._averaged():
+                output, layers = self._distance()
             self.log.write(done, {"distance": output, "layer_distance": layers})
+        if args.validation_prompts and regular and self.accelerator.is_main_process:
+            with self._averaged(), self.accelerator.autocast():
+                self._draw(done)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside the block the layers have the average's weights, those that will be saved."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.adapter.parameters())
+        self.ema.copy_to(self.adapter.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.adapter.parameters())
+
+    def _draw(self, done: int) -> None:
+        """A strip of pictures, one for each prompt, each from its own fixed noise."""
+        folder = self.folder / "validation"
+        folder.mkdir(exist_ok=True)
+        if not (folder / "teacher.png").is_file():
+            with gspn2_disabled(self.student.denoiser):
+                make_image_grid(self._pictures(), 1, len(self.args.validation_prompts)).save(folder / "teacher.png")
+        pictures = self._pictures()
+        make_image_grid(pictures, 1, len(pictures)).save(folder / f"{STEM}{done:06d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.log_images({"validation": pictures}, step=done)
+            else:
+                tracker.log_images(
+                    {"validation": np.stack([np.asarray(p) for p in pictures])}, done, dataformats="NHWC"
+                )
+
+    def _pictures(self) -> list[Any]:
+        height, width = map(int, self.samples.data.sizes[0].split("x"))
+        return [
+            self.pipe(
+                prompt,
+                height=height,
+                width=width,
+                num_inference_steps=self.args.validation_inference_steps,
+                guidance_scale=self.args.validation_guidance_scale,
+                generator=torch.Generator().manual_seed(self.args.seed + place),
+            ).images[0]
+            for place, prompt in enumerate(self.args.validation_prompts or [])
+        ]
 
     def _distance(self) -> tuple[float, float]:
         """Over all held-out samples at once, with timesteps spread evenly and noise that is always the same."""
@@ -234,13 +302,13 @@ class _Run:
             item["index"] = int((place + 0.5) / len(items) * self.objective.steps)
         batch = to_device(self.samples.collate(items), self.accelerator.device)
         with self.accelerator.autocast():
-            return self.student.distance(**batch)
+            return self.module(**batch, measure=True)
 
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
             average = self.ema.shadow_params if self.ema is not None else None
             full_copy(self.adapter, average).save_pretrained(self.folder)
-            logger.info("Saved the adapter to %s", self.folder)
+            logger.info("Saved the adapter to %s; what happened is in %s.", self.folder, write_report(self.folder))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 

@@ -1,0 +1,233 @@
+"""Whole training runs on a tiny pipeline: they learn, resume to the bit, and agree however a step is split."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gspn2_diffusion import GSPN2Adapter, apply_gspn2
+from gspn2_diffusion.training import train
+from gspn2_diffusion.training.checkpoint import CheckpointError, checkpoints
+from gspn2_diffusion.training.encode import EncodedDataset
+from gspn2_diffusion.training.report import plot_distances
+
+from . import tiny_models
+from .training_runs import SIZE, arguments, free_port, image_folder, log_of, start_child
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# One step whose change of the weights is the gradient: Adam with epsilon 1 moves by g / (|g| + 1).
+GRADIENT = {
+    "max_train_steps": 1,
+    "learning_rate": 1.0,
+    "adam_epsilon": 1.0,
+    "max_grad_norm": 1e9,
+    "proportion_empty_prompts": 0.5,
+    "distance_steps": [],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pipeline and an image folder."""
+    root = tmp_path_factory.mktemp("training")
+    tiny_models.sd_pipe().save_pretrained(root / "pipe")
+    return root / "pipe", image_folder(root / "data")
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / WEIGHTS)
+
+
+def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_distillation_brings_the_student_to_the_teacher(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = arguments(
+        *folders,
+        out,
+        layerwise_steps=20,
+        max_train_steps=30,
+        learning_rate=3e-3,
+        distance_steps=[0, 20],
+        use_ema=True,
+        ema_decay=0.9,
+        validation_prompts=["a", "b"],
+        validation_inference_steps=1,
+        checkpointing_steps=10,
+        checkpoints_total_limit=2,
+        report_to="tensorboard",
+    )
+    train(args)
+    log = log_of(out)
+    distances = {line["step"]: line for line in log if "distance" in line}
+    assert list(distances) == [0, 20, 30]
+    assert distances[20]["layer_distance"] < 0.7 * distances[0]["layer_distance"]
+    assert distances[30]["distance"] < 0.7 * distances[0]["distance"]
+    stages = {line["step"]: line["stage"] for line in log if "stage" in line}
+    assert stages[20] == "layerwise" and stages[21] == "end to end"
+    assert [path.name for path in checkpoints(out)] == ["checkpoint-20", "checkpoint-30"]
+
+    adapter = GSPN2Adapter.from_pretrained(out)
+    apply_gspn2(tiny_models.sd_pipe(), adapter)
+    last = GSPN2Adapter.from_pretrained(out / "checkpoint-30" / "adapter")
+    assert any(not torch.equal(a, b) for a, b in zip(adapter.parameters(), last.parameters(), strict=True)), (
+        "no average"
+    )
+
+    report = (out / "report.md").read_text()
+    assert "| 20 |" in report and "learning_rate: 0.003" in report
+    for picture in ("report.png", "validation.png", "validation/teacher.png", "validation/step-000030.png"):
+        assert (out / picture).is_file(), picture
+    assert list((out / "logs").rglob("events.out.tfevents*"))
+    plot_distances([out, out], tmp_path / "distances.png")
+    assert (tmp_path / "distances.png").stat().st_size > 0
+
+
+def test_killed_runs_resume_to_the_bit(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    options: dict[str, Any] = {"max_train_steps": 16, "checkpointing_steps": 1, "use_ema": True, "distance_steps": []}
+    whole = start_child(arguments(*folders, tmp_path / "whole", **options))
+    whole.join()
+    assert whole.exitcode == 0
+
+    out, args = tmp_path / "killed", None
+    for kill in sorted(moments.sample(range(2, 15), 3)):
+        args = arguments(*folders, out, **options, resume_from_checkpoint="latest")
+        child = start_child(args)
+        while last_step(out) < kill:
+            time.sleep(0.002)
+            assert child.is_alive(), "the run ended before it was killed"
+        time.sleep(moments.random() * 0.05)
+        child.kill()
+        child.join()
+    assert args is not None
+    child = start_child(args)
+    child.join()
+    assert child.exitcode == 0
+    assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    steps = [line["step"] for line in log_of(out) if "loss" in line]
+    assert steps == list(range(1, 17))
+
+
+def last_step(out: Path) -> int:
+    """The last whole line's step of a log that another process is writing."""
+    path = out / "log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(arguments(*folders, out, max_train_steps=2, distance_steps=[]))
+    before = {path: path.read_bytes() for path in (out / "checkpoint-2").rglob("*") if path.is_file()}
+    # Half a checkpoint, as a kill leaves it, is not taken for one.
+    (out / "checkpoint-3.partial").mkdir()
+    more = arguments(*folders, out, max_train_steps=4, distance_steps=[], resume_from_checkpoint="latest")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2 is intact.*Free some space"):
+            train(more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints(out) == [out / "checkpoint-2"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    train(more)
+    assert checkpoints(out)[-1].name == "checkpoint-4"
+
+
+def test_resuming_what_is_not_there_or_not_ours(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(arguments(*folders, out, distance_steps=[], resume_from_checkpoint="latest"))
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        train(arguments(*folders, out, resume_from_checkpoint="checkpoint-99"))
+    with pytest.raises(CheckpointError, match="other layers"):
+        train(arguments(*folders, out, resume_from_checkpoint="latest", groups=2))
+    with pytest.raises(CheckpointError, match="without --use_ema"):
+        train(arguments(*folders, out, resume_from_checkpoint="latest", use_ema=True))
+
+
+def test_a_step_is_the_same_however_it_is_split(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train(arguments(*folders, tmp_path / "one", **GRADIENT, train_batch_size=4))
+    start = weights(tmp_path / "one")
+    ddp = arguments(*folders, tmp_path / "two", **GRADIENT, train_batch_size=2)
+    port = free_port()
+    ranks = [start_child(ddp, rank, 2, port) for rank in range(2)]
+    train(arguments(*folders, tmp_path / "accumulated", **GRADIENT, train_batch_size=1, gradient_accumulation_steps=4))
+    train(arguments(*folders, tmp_path / "recomputed", **GRADIENT, train_batch_size=4, gradient_checkpointing=True))
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    for other in ("two", "accumulated", "recomputed"):
+        assert_near(weights(tmp_path / other), start)
+
+
+def test_text_to_image_needs_no_teacher(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train(arguments(*folders, tmp_path / "run", output_loss_weight=0.0, layer_loss_weight=0.0, distance_steps=[]))
+    line = next(line for line in log_of(tmp_path / "run") if "loss" in line)
+    assert line["loss"] == line["noise"] and "output" not in line and "layers" not in line
+
+
+def test_a_broken_gradient_is_skipped_and_twenty_end_the_run(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    args = arguments(*folders, tmp_path / "run", max_train_steps=30, learning_rate=1e30, max_grad_norm=1e30)
+    with pytest.raises(FloatingPointError, match="No finite gradient for 20 steps"):
+        train(args)
+
+
+def test_the_cache_is_resumed_and_broken_pictures_are_named(
+    folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = image_folder(tmp_path / "data", 9)
+    (data / "4.png").write_bytes((data / "4.png").read_bytes()[:100])
+    (data / "7.png").unlink()
+    args = arguments(folders[0], data, tmp_path / "run", cache_shard_size=3, encode_only=True)
+    assert train(args) is None
+    cache = Path(args.cache_dir or "")
+    assert EncodedDataset(cache).broken == ["4.png", "7.png"] and len(EncodedDataset(cache)) == 7
+    assert "2 images cannot be read and are left out: 4.png, 7.png" in caplog.text
+
+    shards = sorted(cache.glob("shard-*"))
+    first = {path: path.stat().st_mtime_ns for path in shards}
+    content = shards[1].read_bytes()
+    shards[1].unlink()
+    train(args)
+    assert shards[1].read_bytes() == content
+    assert [path.stat().st_mtime_ns == first[path] for path in shards] == [True, False, True]
+    with pytest.raises(ValueError, match=r"cache of another run.*shard_size"):
+        train(arguments(folders[0], data, tmp_path / "run", cache_shard_size=4))
+
+
+def test_buckets_keep_aspect_ratios_apart(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "data", 12, sizes=((16, 16), (40, 20), (20, 40)))
+    train(arguments(folders[0], data, tmp_path / "run", aspect_ratio_buckets=True, bucket_step=4, distance_steps=[]))
+    encoded = EncodedDataset(tmp_path / "data-cache")
+    assert set(encoded.sizes) == {f"{SIZE}x{SIZE}", "24x12", "12x24"}
+    for index, size in enumerate(encoded.sizes):
+        height, width = map(int, size.split("x"))
+        assert encoded[index]["latents"].shape == (4, height // 2, width // 2)
+
+
+def test_sdxl_is_conditioned_as_its_pipeline_does(tmp_path: Path) -> None:
+    tiny_models.sdxl_pipe().save_pretrained(tmp_path / "pipe")
+    data = image_folder(tmp_path / "data")
+    train(arguments(tmp_path / "pipe", data, tmp_path / "run", max_train_steps=2))
+    sample = EncodedDataset(tmp_path / "data-cache")[0]
+    assert sample["added_cond_kwargs.time_ids"].tolist() == [SIZE, SIZE, 0, 0, SIZE, SIZE]
+    pipe = tiny_models.sdxl_pipe()
+    prompt, _, pooled, _ = pipe.encode_prompt("picture a", do_classifier_free_guidance=False)
+    torch.testing.assert_close(sample["encoder_hidden_states"].float(), prompt[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sample["added_cond_kwargs.text_embeds"].float(), pooled[0], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,269 @@
+"""The parts of training: options, objectives, order of samples, losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from gspn2_diffusion import GSPN2Config, apply_gspn2, gspn2_disabled
+from gspn2_diffusion.training import TextToImageArguments, TrainingArguments, parse_args
+from gspn2_diffusion.training.data import bucket_sizes
+from gspn2_diffusion.training.objective import Objective
+from gspn2_diffusion.training.sampling import BatchOrder, StepSampler
+from gspn2_diffusion.training.student import StudentStep
+from gspn2_diffusion.training.trainer import learning_rates
+
+from . import tiny_models
+
+NEEDED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "data"]
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        parse_args(argv=[*NEEDED, *argv])
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_train_step", "3"], "unrecognized arguments: --max_train_step"),
+        (["--learning_rat", "3"], "unrecognized arguments: --learning_rat"),
+        (["--gates", "both"], "invalid choice: 'both'"),
+        (["--max_train_steps", "0"], "--max_train_steps is 0; it must be at least 1"),
+        (["--learning_rate", "-1"], "--learning_rate is -1.0; it must be above 0"),
+        (["--ema_decay", "0.9"], "--ema_decay would have no effect: pass --use_ema"),
+        (["--segment", "4", "--control", "none"], "--segment would have no effect"),
+        (["--adapter", "a", "--groups", "2"], "--groups would have no effect: --adapter brings its own options"),
+        (["--lr_warmup_steps", "5"], "use --lr_scheduler constant_with_warmup"),
+        (["--dataset_name", "name"], "exactly one of --train_data_dir and --dataset_name"),
+        (["--proxy_dim", "0"], "proxy_dim is 0"),
+        (["--proxy_dim", "wide"], "proxy_dim"),
+        (
+            ["--noise_loss_weight", "0", "--output_loss_weight", "0", "--layer_loss_weight", "0"],
+            "All loss weights are 0",
+        ),
+        (["--proportion_empty_prompts", "2"], "from 0 to 1"),
+    ],
+)
+def test_bad_options_are_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(argv, capsys)
+
+
+def test_missing_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(argv=["--train_data_dir", "data"])
+    assert "--pretrained_model_name_or_path is missing" in capsys.readouterr().err
+
+
+def test_a_yaml_file_holds_flags_and_the_command_line_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("learning_rate: 0.01\nseed: 5\nuse_ema: true\nvalidation_prompts: [a b, c]\nsegment: null\n")
+    args = parse_args(argv=[*NEEDED, "--config", str(path), "--seed", "7"])
+    assert (args.learning_rate, args.seed, args.use_ema, args.validation_prompts) == (0.01, 7, True, ["a b", "c"])
+    path.write_text("learning_rat: 0.01\n")
+    assert "learning_rat" in refused(["--config", str(path)], capsys)
+    assert "cannot be read" in refused(["--config", str(tmp_path / "none.yaml")], capsys)
+
+
+def test_the_shipped_yaml_is_valid() -> None:
+    path = Path(__file__).parents[1] / "examples" / "distill_sdxl.yaml"
+    args = parse_args(argv=["--config", str(path), "--train_data_dir", "data"])
+    assert args.layerwise_steps == 2000
+
+
+def test_every_option_is_read() -> None:
+    """An option that no code reads cannot have an effect."""
+    folder = Path(__file__).parents[1] / "gspn2_diffusion" / "training"
+    code = "".join(path.read_text() for path in folder.glob("*.py") if path.name != "arguments.py")
+    code += (folder / "arguments.py").read_text().split("def operator_config")[1]
+    for field in dataclasses.fields(TrainingArguments):
+        assert re.search(rf"(args|self)\.{field.name}\b", code), field.name
+
+
+def test_text_to_image_has_no_teacher_unless_asked() -> None:
+    args = parse_args(TextToImageArguments, NEEDED)
+    assert (args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_diffusion_targets(prediction: str) -> None:
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(prediction_type=prediction)
+    objective = Objective(scheduler, snr_gamma=5.0)
+    latents, noise, steps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([0, 400, 999])
+    noisy, timesteps, target = objective.noised(latents, noise, steps)
+    beta = torch.linspace(0.0001, 0.02, 1000, dtype=torch.float64)
+    kept = (1 - beta).cumprod(0)[steps]
+    alpha, sigma = kept.sqrt().view(-1, 1, 1, 1).float(), (1 - kept).sqrt().view(-1, 1, 1, 1).float()
+    torch.testing.assert_close(noisy, alpha * latents + sigma * noise, rtol=1e-4, atol=1e-5)
+    expected = noise if prediction == "epsilon" else alpha * noise - sigma * latents
+    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
+    assert timesteps.tolist() == steps.tolist()
+    snr = kept / (1 - kept)
+    weight = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
+    torch.testing.assert_close(objective.weights(steps).double(), weight, rtol=1e-3, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_flow_matching_targets() -> None:
+    torch.manual_seed(0)
+    objective = Objective(FlowMatchEulerDiscreteScheduler(shift=3.0), timestep_scale=0.001)
+    latents, noise = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
+    noisy, timesteps, target = objective.noised(latents, noise, torch.tensor([0, 500]))
+    t = 3 * 0.5 / (1 + 2 * 0.5)
+    torch.testing.assert_close(noisy[0], noise[0])
+    torch.testing.assert_close(noisy[1], (1 - t) * latents[1] + t * noise[1])
+    torch.testing.assert_close(timesteps, torch.tensor([1.0, t]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(target, noise - latents)
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
+def test_flow_matching_draws_by_scheme(scheme: str) -> None:
+    objective = Objective(FlowMatchEulerDiscreteScheduler(), weighting_scheme=scheme)
+    drawn = [objective.draw(torch.Generator().manual_seed(seed)) for seed in range(400)]
+    middle = sum(250 <= step < 750 for step in drawn) / len(drawn)
+    assert min(drawn) >= 0 and max(drawn) < 1000
+    low, high = {"none": (0.4, 0.6), "logit_normal": (0.65, 0.8), "mode": (0.5, 0.9)}[scheme]
+    assert low < middle < high
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "message"),
+    [
+        (DDIMScheduler(prediction_type="sample"), {}, "prediction_type 'sample' is not supported"),
+        (DDIMScheduler(), {"weighting_scheme": "mode"}, "--weighting_scheme is for flow-matching"),
+        (FlowMatchEulerDiscreteScheduler(), {"snr_gamma": 5.0}, "--snr_gamma has no meaning"),
+    ],
+)
+def test_objectives_refuse_what_does_not_fit(scheduler: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(scheduler, **options)
+
+
+def test_steps_are_of_one_size_and_an_epoch_sees_every_sample() -> None:
+    sizes = ["wide"] * 7 + ["tall"] * 10
+    order = BatchOrder(sizes, list(range(17)), total=4, seed=3)
+    assert order.steps_per_epoch == 2 + 3
+    first = [order.step(step) for step in range(5)]
+    assert all(len(step) == 4 and len({sizes[i] for i in step}) == 1 for step in first)
+    assert {i for step in first for i in step} == set(range(17))
+    assert first != [order.step(step) for step in range(5, 10)]
+    # A resumed run asks for a later step first.
+    assert BatchOrder(sizes, list(range(17)), total=4, seed=3).step(3) == first[3]
+    assert BatchOrder(sizes[:3], [0, 1, 2], total=8, seed=0).step(0).__len__() == 8
+
+
+def test_processes_and_accumulation_share_out_the_same_step() -> None:
+    order = BatchOrder(["a"] * 30, list(range(30)), total=12, seed=0)
+
+    def placed(micro: int, accumulation: int, world: int) -> set[tuple[int, int]]:
+        samplers = [StepSampler(order, 1, 3, micro, accumulation, rank, world) for rank in range(world)]
+        batches = [batch for sampler in samplers for batch in sampler]
+        assert all(len(batch) == micro for batch in batches) and len(batches) == 2 * accumulation * world
+        return {item for batch in batches for item in batch}
+
+    assert placed(12, 1, 1) == placed(3, 2, 2) == placed(2, 1, 6)
+
+
+def test_bucket_sizes_keep_the_area_and_the_step() -> None:
+    sizes = bucket_sizes(1024, 64, 2.0)
+    assert (1024, 1024) in sizes and (768, 1344) in sizes and (1344, 768) in sizes
+    for height, width in sizes:
+        assert height % 64 == width % 64 == 0
+        assert abs(height * width / 1024**2 - 1) < 0.1 and max(height / width, width / height) <= 2
+
+
+def test_learning_rates_of_the_two_stages() -> None:
+    args = TrainingArguments(
+        pretrained_model_name_or_path="model",
+        train_data_dir="data",
+        layerwise_steps=10,
+        layerwise_learning_rate=0.5,
+        learning_rate=0.1,
+        max_train_steps=30,
+        lr_scheduler="linear",
+        lr_warmup_steps=4,
+    )
+    rate = learning_rates(args)
+    assert rate(9) == 0.5 and rate(10) == 0
+    assert rate(12) == pytest.approx(0.05) and rate(14) == pytest.approx(0.1) and rate(22) == pytest.approx(0.05)
+
+
+def step_inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = tiny_models.unet_inputs(8, 8)
+    return {
+        "latents": torch.randn(2, 4, 8, 8, generator=generator),
+        "noise": torch.randn(2, 4, 8, 8, generator=generator),
+        "indices": torch.tensor([10, 700]),
+        "conditions": {"encoder_hidden_states": inputs["encoder_hidden_states"]},
+    }
+
+
+def test_losses_are_what_they_say() -> None:
+    unet, inputs = tiny_models.unet(), step_inputs()
+    apply_gspn2(unet)
+    objective = Objective(tiny_models.scheduler())
+    loss, parts = StudentStep(unet, objective, 1.0, 0.5, 0.5)(**inputs)
+    noisy, timesteps, target = objective.noised(inputs["latents"], inputs["noise"], inputs["indices"])
+    call = {"timestep": timesteps, **inputs["conditions"]}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in unet.named_modules():
+        if name.endswith("attn1"):
+            module.register_forward_hook(lambda m, a, out, n=name: outputs.setdefault(n, []).append(out))
+    with torch.no_grad():
+        student = unet(noisy, **call).sample
+        with gspn2_disabled(unet):
+            teacher = unet(noisy, **call).sample
+    layers = [(a - b).square().mean() for a, b in outputs.values()]
+    torch.testing.assert_close(parts["noise"], (student - target).square().mean())
+    torch.testing.assert_close(parts["output"], (student - teacher).square().mean())
+    torch.testing.assert_close(parts["layers"], torch.stack(layers).mean())
+    torch.testing.assert_close(loss.detach(), parts["noise"] + 0.5 * parts["output"] + 0.5 * parts["layers"])
+
+
+def test_the_first_stage_learns_from_the_teachers_own_inputs() -> None:
+    unet, inputs = tiny_models.unet(), step_inputs()
+    adapter = apply_gspn2(unet)
+    unet.requires_grad_(False)
+    adapter.requires_grad_(True)
+    step = StudentStep(unet, Objective(tiny_models.scheduler()), 1.0, 0.5, 0.5)
+    loss, parts = step(**inputs, layerwise=True)
+    assert list(parts) == ["layers"]
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+    assert len(grads) == len(list(adapter.parameters()))
+    # No layer's gradient depends on another layer.
+    first = adapter.layer_names[0]
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if name.startswith(first):
+                parameter.zero_()
+    adapter.zero_grad()
+    step(**inputs, layerwise=True)[0].backward()
+    for name, parameter in adapter.named_parameters():
+        if not name.startswith(first):
+            torch.testing.assert_close(parameter.grad, grads[name], rtol=0, atol=0)
+
+
+def test_the_control_mixes_no_tokens() -> None:
+    args = TrainingArguments(pretrained_model_name_or_path="model", train_data_dir="data", control="none")
+    config = args.operator_config()
+    assert config == GSPN2Config(segment=1)
+    unet, full = tiny_models.unet(), tiny_models.unet()
+    adapter, mixing = apply_gspn2(unet, config=config), apply_gspn2(full)
+    count = [sum(p.numel() for p in a.parameters()) for a in (adapter, mixing)]
+    assert count[0] == count[1]
+    name = adapter.layer_names[0]
+    tokens = torch.randn(1, 16, adapter.layer(name).channels)
+    changed = tokens.clone()
+    changed[:, 5] += 1
+    moved = (adapter.layer(name)(changed, 4, 4) - adapter.layer(name)(tokens, 4, 4)).abs().amax(-1)[0]
+    assert moved[5] > 0 and moved.count_nonzero() == 1
+    assert (mixing.layer(name)(changed, 4, 4) - mixing.layer(name)(tokens, 4, 4)).abs().amax(-1).count_nonzero() > 1

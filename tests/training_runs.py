@@ -1,0 +1,82 @@
+"""Small training runs for tests: a pipeline and an image folder on disk, and children that can be killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from gspn2_diffusion.training import TrainingArguments, train
+
+SIZE = 16
+"""Side of the pictures in pixels; 8 x 8 latents with the tiny VAE."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.training_runs"])
+
+
+def image_folder(folder: Path, count: int = 12, sizes: tuple[tuple[int, int], ...] = ((SIZE, SIZE),)) -> Path:
+    """Random pictures (width, height) with captions."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    lines = []
+    for index in range(count):
+        width, height = sizes[index % len(sizes)]
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"picture {chr(97 + index)}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def arguments(pipeline: Path, data: Path, out: Path, **options: Any) -> TrainingArguments:
+    """Options of a run of three steps that shares the cache beside the data."""
+    return TrainingArguments(
+        **{  # type: ignore[arg-type]
+            "pretrained_model_name_or_path": str(pipeline),
+            "train_data_dir": str(data),
+            "cache_dir": str(data.with_name(data.name + "-cache")),
+            "output_dir": str(out),
+            "resolution": SIZE,
+            "train_batch_size": 2,
+            "max_train_steps": 3,
+            "logging_steps": 1,
+            "holdout_samples": 2,
+            **options,
+        }
+    )
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def start_child(args: TrainingArguments, rank: int = 0, world: int = 1, port: int = 0) -> Any:
+    """Runs a training in a process of its own; several ranks make one training."""
+    child = _context.Process(target=_train, args=(args, rank, world, port))
+    child.start()
+    return child
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _train(args: TrainingArguments, rank: int, world: int, port: int) -> None:
+    if world > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+    train(args)
