@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,23 @@ def test_the_cache_is_resumed_and_broken_pictures_are_named(
     assert [path.stat().st_mtime_ns == first[path] for path in shards] == [True, False, True]
     with pytest.raises(ValueError, match=r"cache of another run.*shard_size"):
         train(arguments(folders[0], data, tmp_path / "run", cache_shard_size=4))
+
+
+def test_a_webdataset_is_read_like_a_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "data", 4)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for line in map(json.loads, (data / "metadata.jsonl").read_text().splitlines()):
+            stem = Path(line["file_name"]).stem
+            (tmp_path / f"{stem}.txt").write_text(line["text"])
+            tar.add(data / line["file_name"], f"{stem}.png")
+            tar.add(tmp_path / f"{stem}.txt", f"{stem}.txt")
+    train(arguments(folders[0], data, tmp_path / "folder", encode_only=True))
+    other = dict(train_data_dir=None, dataset_name="webdataset", data_files=[str(tmp_path / "shard.tar")])
+    other |= dict(image_column="png", caption_column="txt", cache_dir=str(tmp_path / "tar-cache"))
+    train(arguments(folders[0], data, tmp_path / "tar", encode_only=True, **other))
+    shard = "shard-000000000.safetensors"
+    got, expected = load_file(tmp_path / "tar-cache" / shard), load_file(tmp_path / "data-cache" / shard)
+    assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in expected)
 
 
 def test_buckets_keep_aspect_ratios_apart(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ class TrainingArguments:
     """
 
     # Model
-    pretrained_model_name_or_path: str | None = _help("Pipeline to convert: a folder or a hub id (required).")
+    pretrained_model_name_or_path: str | None = _help(
+        "Pipeline to convert (required): a folder, a hub id, or tiny-scenes, the shipped one."
+    )
     revision: str | None = _help("Revision of a hub model.")
     variant: str | None = _help("Variant of the weight files, such as fp16.")
     adapter: str | None = _help("Start from this trained adapter (folder or hub id) instead of new layers.")

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..loading import default_size
 from ..patching.families import find_model
 from ..patching.grid import arguments_by_name
 from .arguments import TrainingArguments
@@ -140,11 +141,10 @@ def target_sizes(args: TrainingArguments, pipe: Any) -> list[Size]:
         ValueError: a side is not a multiple of what the model needs.
     """
     factor = pipe.vae_scale_factor
-    resolution = args.resolution or find_model(pipe).config.sample_size * factor
+    sizes = [(args.resolution, args.resolution) if args.resolution else default_size(pipe)]
     if args.aspect_ratio_buckets:
-        sizes = bucket_sizes(resolution, args.bucket_step, args.max_aspect_ratio)
-    else:
-        sizes = [(resolution, resolution)]
+        area = sizes[0][0] * sizes[0][1]
+        sizes = bucket_sizes(round(area**0.5), args.bucket_step, args.max_aspect_ratio)
     for size in sizes:
         if any(side % factor for side in size):
             raise ValueError(f"{size[0]} x {size[1]} pixels do not divide by {factor}, which the VAE needs; change it.")

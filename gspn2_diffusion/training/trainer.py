@@ -23,6 +23,8 @@ from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from ..adapter import GSPN2Adapter, few
+from ..assets import tiny_scenes_path
+from ..loading import DTYPE_KEY, SHIPPED
 from ..patching import apply_gspn2, gspn2_disabled
 from ..patching.families import find_model
 from .arguments import TrainingArguments
@@ -66,7 +68,11 @@ def train(args: TrainingArguments) -> Path | None:
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     dtype = torch.float32 if fsdp else DTYPES.get(accelerator.mixed_precision, torch.float32)
     pipe = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, torch_dtype=dtype
+        tiny_scenes_path() if args.pretrained_model_name_or_path == SHIPPED else args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        use_safetensors=True,
+        **{DTYPE_KEY: dtype},
     )
     pipe.to(accelerator.device)
     # Half precision overflows in some VAEs (SDXL's).
@@ -216,7 +222,8 @@ class _Run:
             if self.ema is not None:
                 self.ema.step(self.adapter.parameters())
             bar.update()
-            if done % args.logging_steps == 0 or done == args.max_train_steps:
+            # A line never spans both stages.
+            if done % args.logging_steps == 0 or done in (args.layerwise_steps, args.max_train_steps):
                 count, seconds = done - since, time.perf_counter() - watch
                 means = {name: self._mean(value, count) for name, value in sums.items()}
                 means["skipped_steps"] = round(means["skipped_steps"] * count)
@@ -296,13 +303,20 @@ class _Run:
         ]
 
     def _distance(self) -> tuple[float, float]:
-        """Over all held-out samples at once, with timesteps spread evenly and noise that is always the same."""
+        """Mean over the held-out samples, with timesteps spread evenly and noise that is always the same."""
         items = [self.samples.fixed(place, index) for place, index in enumerate(self.held_out)]
         for place, item in enumerate(items):
             item["index"] = int((place + 0.5) / len(items) * self.objective.steps)
-        batch = to_device(self.samples.collate(items), self.accelerator.device)
-        with self.accelerator.autocast():
-            return self.module(**batch, measure=True)
+        output, layers = 0.0, 0.0
+        with torch.no_grad():
+            for start in range(0, len(items), self.args.train_batch_size):
+                part = items[start : start + self.args.train_batch_size]
+                of_output, of_layers = self.module(
+                    **to_device(self.samples.collate(part), self.accelerator.device), measure=True
+                )
+                output += of_output * len(part) / len(items)
+                layers += of_layers * len(part) / len(items)
+        return output, layers
 
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
