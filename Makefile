@@ -8,7 +8,7 @@ PROMPTS ?= "a large red circle above a small blue square" \
 	"two small yellow triangles, on a purple background" \
 	"a large green star to the left of a small orange diamond"
 
-.PHONY: demo test quality format clean
+.PHONY: demo docs test quality format clean
 
 $(VENV)/.base: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
+
+docs: $(VENV)/.base
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .
