@@ -1,9 +1,9 @@
 # %% [markdown]
 # # The line scan in a network of your own
 #
-# `gspn2_scan` is an ordinary differentiable operator: here it mixes the pixels of scikit-learn's handwritten digits (8 x 8)
-# in a small classifier, beside the same classifier with softmax attention. Same width, depth, optimiser and seeds; only
-# the mixer differs.
+# `gspn2_scan` is an ordinary differentiable operator: here it mixes the pixels of scikit-learn's handwritten digits
+# (8 x 8) in a small classifier, beside the same classifier with softmax attention. Same width, depth, optimiser and
+# seeds; only the mixer differs.
 #
 # `python examples/digits_classifier.py`, or open it as a notebook (percent format). Needs `pip install scikit-learn`.
 
@@ -124,4 +124,4 @@ def main() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    best = main()

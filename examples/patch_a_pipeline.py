@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Patch a pipeline
 #
-# Replace the self-attention of a diffusers pipeline with GSPN-2, look at what changed, switch between the two, and take it
-# out again. With the shipped model it runs offline in seconds; `--model` takes any folder of a supported pipeline.
+# Replace the self-attention of a diffusers pipeline with GSPN-2, look at what changed, switch between the two, and
+# take it out again. With the shipped model it runs offline in seconds; `--model` takes any folder of a supported
+# pipeline.
 
 # %%
 import argparse
