@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import runpy
 import shutil
 import threading
 import urllib.error
@@ -236,3 +237,12 @@ def test_it_listens_on_this_machine_only(address):
 def _listens_everywhere(port):
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return any(line.split()[1] == f"00000000:{port:04X}" for line in lines)
+
+
+def test_a_short_stress(folders):
+    """The stress script's judge on two dozen requests from four clients; docs/demo.md has the long run."""
+    script = Path(__file__).resolve().parent.parent / "benchmarks/stress_demo.py"
+    stress = runpy.run_path(str(script))["stress"]
+    report = stress([str(folders[0])], [str(folders[1])], requests=25, clients=4, steps=1)
+    assert not report.failures
+    assert (report.right, report.refused) == (21, 5)
