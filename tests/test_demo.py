@@ -63,7 +63,7 @@ def test_it_offers_what_it_was_given_and_names_no_path(library, folders, tmp_pat
     assert list(two.models) == ["painter", "painter (2)"]
 
 
-@pytest.mark.parametrize("label", ["../painter", "/etc/passwd", "", None, "painter/../painter", 7])
+@pytest.mark.parametrize("label", ["../painter", "/etc/passwd", "", None, "painter/../painter", 7, ["painter"], {}])
 def test_nothing_else_is_on_offer(library, folders, label):
     for name in (label, str(folders[0])):
         with library.lock, pytest.raises(UserError, match="is not on offer"):
@@ -108,6 +108,7 @@ BAD = [
     ({"height": 100000}, "Height is 100000"),
     ({"width": float("inf")}, "Width is inf"),
     ({"num_images": 9}, "Number of pictures is 9"),
+    ({"compare": "yes"}, "Compare is 'yes'"),
 ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
-import runpy
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -242,7 +243,9 @@ def _listens_everywhere(port):
 def test_a_short_stress(folders):
     """The stress script's judge on two dozen requests from four clients; docs/demo.md has the long run."""
     script = Path(__file__).resolve().parent.parent / "benchmarks/stress_demo.py"
-    stress = runpy.run_path(str(script))["stress"]
-    report = stress([str(folders[0])], [str(folders[1])], requests=25, clients=4, steps=1)
+    specification = importlib.util.spec_from_file_location("stress_demo", script)
+    module = sys.modules["stress_demo"] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    report = module.stress([str(folders[0])], [str(folders[1])], requests=25, clients=4, steps=1)
     assert not report.failures
     assert (report.right, report.refused) == (21, 5)

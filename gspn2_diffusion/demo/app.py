@@ -41,6 +41,7 @@ RATIOS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "16:9": (16, 9), "9:16": 
 CSS = """
 footer { display: none !important; }
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+#seeds { align-items: center; }
 #status, #sight-status, #time-status { min-height: 1.5em; font-variant-numeric: tabular-nums; }
 """
 CANCELLED = "Cancelled."
@@ -139,6 +140,8 @@ def build_demo(
     ) -> tuple[Any, ...]:
         *fields, at = values
         asked = Request.checked(limits, **dict(zip(FIELDS, [*fields, 1, False], strict=True)))
+        if not isinstance(at, int | float) or not 0 < at <= 1:
+            raise UserError(f"The denoising step is {str(at)[:20]}; use a part of all steps, above 0 and at most 1.")
         progress(0, desc="painting")
         with visits.job(_page(visitor)) as cancel:
             try:
@@ -235,16 +238,18 @@ def build_demo(
                         run = gr.Button("Paint", variant="primary", elem_id="paint")
                         stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
                     compare = gr.Checkbox(label="Compare with attention (same seed)", elem_id="compare")
-                    with gr.Row():
+                    with gr.Row(elem_id="seeds"):
                         seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="seed", min_width=120)
                         dice = gr.Button("Random seed", size="sm", min_width=120)
                     with gr.Row():
                         steps = gr.Slider(1, limits.steps, value=25, step=1, label="Steps", elem_id="steps")
                         guidance = gr.Slider(0, limits.guidance, value=5, step=0.5, label="Guidance")
                     with gr.Row():
-                        width = gr.Slider(step, limits.side, value=sides[1], step=step, label="Width", elem_id="width")
+                        width = gr.Slider(
+                            8 * step, limits.side, value=sides[1], step=step, label="Width", elem_id="width"
+                        )
                         height = gr.Slider(
-                            step, limits.side, value=sides[0], step=step, label="Height", elem_id="height"
+                            8 * step, limits.side, value=sides[0], step=step, label="Height", elem_id="height"
                         )
                     ratio = gr.Radio(list(RATIOS), value="1:1", label="Aspect ratio (same area)")
                     images = gr.Slider(1, limits.images, value=1, step=1, label="Pictures", elem_id="images")
@@ -314,8 +319,9 @@ def build_demo(
                 )
 
         fields = [prompt, negative, seed, steps, guidance, height, width, model, adapter]
-        # One model in memory, one request at a time; the others wait in the queue and see their place in it.
-        turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
+        # One request at a time; the others wait in the queue and see their place in it. What the browser sent comes as
+        # it is, so that one place, Request.checked, says what is wrong with it.
+        turn: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
         painting: Any = [
             gr.on(
                 [run.click, prompt.submit],

@@ -93,11 +93,12 @@ class Library:
         return pipe, self._applied.get(model, (ATTENTION_LABEL, None))[1]
 
     def _source(self, label: str, offered: dict[str, Any], what: str) -> Any:
-        if label in offered:
-            return offered[label]
-        # A hub id that is also a local path would be opened from the disk.
-        if self.allow_hub and isinstance(label, str) and HUB_ID.fullmatch(label) and not os.path.exists(label):
-            return label
+        if isinstance(label, str):
+            if label in offered:
+                return offered[label]
+            # A hub id that is also a local path would be opened from the disk.
+            if self.allow_hub and HUB_ID.fullmatch(label) and not os.path.exists(label):
+                return label
         raise UserError(f"The {what} {str(label)[:80]!r} is not on offer; choose one of {', '.join(offered)}.")
 
 

@@ -81,6 +81,8 @@ class Request:
         guidance = values["guidance_scale"]
         if not _is_number(guidance) or not 0 <= guidance <= limits.guidance:
             raise UserError(f"Guidance is {_shown(guidance)}; use a number from 0 to {limits.guidance:g}.")
+        if not isinstance(values.get("compare", False), bool):
+            raise UserError(f"Compare is {_shown(values['compare'])}; use true or false.")
         return cls(**values)
 
     def parameters(self, index: int, adapter: str | None) -> dict[str, Any]:
