@@ -194,11 +194,12 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
 
     if (u) stage_state(at.last - 1);
     for (int ahead = 0; ahead < STAGES; ++ahead) stage(at.last - 1 - ahead, ahead);
-    if constexpr (CLUSTER > 1) line_arrive<CLUSTER>();
+    // Neighbours read the staged h, so a thread's copies for a line land before it arrives at that line's barrier.
+    if constexpr (STAGES > 0) copy_wait<RING - 1>();
+    line_arrive<CLUSTER>();
     int slot = 0;
     for (int i = at.last - 1; i >= at.first; --i) {
         const int buffer = i & 1;
-        if constexpr (STAGES > 0) copy_wait<RING - 1>();
         Vector v;
         int j = threadIdx.y;
         bool work = mine && j < at.owned;
@@ -212,8 +213,9 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
             if (work) prepare(v, i, j, slot);
             finish(v, i, j, slot, buffer, work);
         }
-        line_arrive<CLUSTER>();
         stage(i - STAGES, slot);
+        if constexpr (STAGES > 0) copy_wait<RING - 1>();
+        line_arrive<CLUSTER>();
         slot = slot + 1 == RING ? 0 : slot + 1;
     }
     if constexpr (CLUSTER > 1) line_wait<CLUSTER>();

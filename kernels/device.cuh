@@ -38,8 +38,8 @@ GSPN2_DEVICE void copy_wait() {
 GSPN2_DEVICE void block_barrier() { __syncthreads(); }
 
 #if __CUDA_ARCH__ >= 900
-GSPN2_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-GSPN2_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+GSPN2_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+GSPN2_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // The same place in the shared memory of block `rank` of the cluster.
 template <typename T>

@@ -90,7 +90,7 @@ GSPN2_DEVICE void scan_forward(const Params& p) {
     };
 
     for (int ahead = 0; ahead < STAGES; ++ahead) stage(at.first + ahead, ahead);
-    if constexpr (CLUSTER > 1) line_arrive<CLUSTER>();
+    line_arrive<CLUSTER>();
     int slot = 0;
     for (int i = at.first; i < at.last; ++i) {
         const int buffer = i & 1, j = threadIdx.y;

@@ -156,7 +156,7 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward):
             variant = cuda.choose(work, limits)
             threads = variant.block[0] * variant.block[1]
             assert variant.shared <= limits.shared
-            assert threads % 32 == 0 and threads <= (256 if variant.sets == 8 else cuda.LARGEST_BLOCK)
+            assert threads % 32 == 0 and threads <= cuda.largest_block(variant.sets, backward)
             assert variant.vec * size <= max(aligned, size) and work.D % variant.vec == 0
             assert variant.lanes <= variant.block[0] <= 32 and variant.slices * variant.lanes * variant.vec >= work.D
             assert variant.cluster == 1 or (limits.capability >= (9, 0) and variant.cluster <= 8)

@@ -6,7 +6,7 @@
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ import torch
 STORAGE_NAMES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 STAGES = (8, 4, 3, 2, 1)
 LARGEST_CLUSTER = 8  # blocks; what every device with clusters can schedule
-LARGEST_BLOCK = 512  # threads; leaves each 128 registers
 SHORTEST_SHARE = 64  # positions; a cluster's barrier costs more than a block's, so shorter lines stay in one block
 SECTOR = 32  # bytes of a memory transaction
 IN_FLIGHT = 48 * 1024  # bytes that a processor should have on their way to hide the memory's latency
@@ -94,6 +93,11 @@ def shared_bytes(work: Work, vec: int, sets: int, stages: int, lanes: int, posit
     return _round16(2 * edged * (vec + 3 * sets) * 4) + staged + states
 
 
+def largest_block(sets: int, backward: bool) -> int:
+    """Threads of a block; the backward, and weights for each channel, need more registers than 512 leave."""
+    return 256 if backward or sets > 1 else 512
+
+
 def _vectors(work: Work) -> Iterator[tuple[int, int]]:
     """(channels of a thread, its weight sets), widest first: 16 bytes where alignment and groups allow it."""
     group = work.D // work.G
@@ -148,6 +152,7 @@ def _candidates(work: Work, device: Device) -> Iterator[tuple[int, int, int, int
                 yield vec, sets, lanes, size
 
 
+@lru_cache(4096)
 def choose(work: Work, device: Device) -> Variant:
     """The variant for `work`: widest vectors, whole sectors, enough blocks, then as many staged lines as fit.
 
@@ -168,7 +173,7 @@ def choose(work: Work, device: Device) -> Variant:
                     continue
                 slices, parts = _slices(work, vec, sets, lanes) or (1, 1)
                 width = 1 << (lanes - 1).bit_length()
-                height = min(LARGEST_BLOCK // (2 if sets == 8 else 1), -(-positions * width // 32) * 32) // width
+                height = min(largest_block(sets, work.backward), -(-positions * width // 32) * 32) // width
                 grid = work.B * work.K * work.segments * slices * cluster
                 return Variant(vec, sets, stages, cluster, lanes, slices, parts, (width, height), needed, grid)
     raise ValueError(
@@ -221,7 +226,7 @@ def defines(kernel: str, variant: Variant, storage: torch.dtype, logits: torch.d
             SETS=variant.sets,
             STAGES=variant.stages,
             CLUSTER=variant.cluster,
-            THREADS=LARGEST_BLOCK // (2 if variant.sets == 8 else 1),
+            THREADS=largest_block(variant.sets, kernel == "BACKWARD"),
         )
     return (f"-DGSPN2_{kernel}", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
 
@@ -309,7 +314,7 @@ def scan_forward(
         variant = choose(work, device or device_limits(x.device.index))
         saved = state if save_state else None
         (execute or _execute)(arguments.launch("FORWARD", work, variant, (saved, y, None, None, None, None), None))
-    return (y.sum(3) if merge_sum else y), state
+    return (y.sum(3, dtype=x.dtype) if merge_sum else y), state
 
 
 def scan_backward(
@@ -357,9 +362,9 @@ def scan_backward(
             run(arguments.launch("SUM_PARTIALS", work, variant, outputs, partial))
 
     def shared_by_directions(grad: torch.Tensor, t: torch.Tensor | None) -> torch.Tensor:
-        return grad.sum(3, keepdim=True) if t is not None and t.shape[3] < grad.shape[3] else grad
+        return grad.sum(3, keepdim=True, dtype=grad.dtype) if t is not None and t.shape[3] < grad.shape[3] else grad
 
-    grad_x = grad_x.sum(3) if len(directions) > 1 else grad_x.squeeze(3)
+    grad_x = grad_x.sum(3, dtype=x.dtype) if len(directions) > 1 else grad_x.squeeze(3)
     return grad_x, shared_by_directions(grad_lam, lam), shared_by_directions(grad_u, u), grad_logits
 
 

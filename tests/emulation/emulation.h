@@ -177,6 +177,8 @@ GSPN2_DEVICE void block_barrier() { emulation::meet(emulation::machine->now->blo
 GSPN2_DEVICE void cluster_arrive() {
     auto& fiber = *emulation::machine->now;
     fiber.cluster_ticket = emulation::arrive(emulation::machine->cluster);
+    ++emulation::machine->progress;
+    emulation::yield();  // the others may go on before this thread does another thing
 }
 GSPN2_DEVICE void cluster_wait() {
     const int ticket = emulation::machine->now->cluster_ticket;

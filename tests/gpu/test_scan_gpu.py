@@ -145,6 +145,15 @@ def test_compiles_in_one_graph(backend):
     torch.testing.assert_close(compiled(*inputs), gspn2_scan(*inputs, **case.options) * 2)
 
 
+def test_autocast_keeps_the_storage_type():
+    case = Case(1, 4, 5, 8, merge="sum")
+    inputs = make_inputs(case, torch.bfloat16, device="cuda")
+    with torch.autocast("cuda", torch.float16):
+        y = gspn2_scan(*inputs, **case.options)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, gspn2_scan(*inputs, **case.options), rtol=0, atol=0)
+
+
 def test_opcheck():
     inputs = make_inputs(Case(2, 3, 4, 4, 2), torch.float32, device="cuda")
     arguments = (*inputs, [0, 1, 2, 3], False, 0, False, True)
