@@ -312,6 +312,8 @@ def train_unet(args, accelerator: Accelerator) -> int:
     tokens = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         states = torch.cat([encoder(part.to(accelerator.device))[0].cpu().half() for part in tokens.split(500)])
+    parsed = [len(parse_prompt(caption).groups) for caption in captions[: len(latents)]]
+    kinds = {number: np.flatnonzero(np.array(parsed) == number) for number in (1, 2)}
     model = make_unet()
     model, optimizer = accelerator.prepare(model, MuonAdamW(parameter_groups(model, lr=args.lr)))
     run = Run(args, model, optimizer, accelerator)
@@ -321,7 +323,11 @@ def train_unet(args, accelerator: Accelerator) -> int:
     total = scheduler.config.num_train_timesteps
 
     def loss_of(rng, generator):
-        index = torch.from_numpy(rng.integers(len(latents), size=args.batch))
+        index = rng.integers(len(latents), size=args.batch)
+        if args.two_kinds is not None:
+            chosen = rng.random(args.batch) < args.two_kinds
+            index = np.where(chosen, rng.choice(kinds[2], args.batch), rng.choice(kinds[1], args.batch))
+        index = torch.from_numpy(index)
         x = latents[index].to(accelerator.device).float()
         text = states[index.masked_fill(torch.from_numpy(rng.random(args.batch) < args.drop), len(captions))]
         # Stratified, and denser at high noise, where the caption decides what is drawn.
@@ -358,6 +364,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ema", type=float, help="decay of the running average, 0 for none")
     parser.add_argument("--kl", type=float, default=1e-3, help="weight of the VAE's KL term")
     parser.add_argument("--drop", type=float, default=0.1, help="share of captions dropped, for guidance")
+    parser.add_argument(
+        "--two_kinds", type=float, help="share of captions with two kinds of object; default: as they come"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet stage")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--decay", type=float, default=0.5, help="share of the steps in which the rate falls to 0")

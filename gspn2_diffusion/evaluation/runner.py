@@ -118,7 +118,7 @@ def evaluate_pipeline(
     seeds: Sequence[int] = (0,),
     *,
     steps: int = 25,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = 5.0,
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
