@@ -22,7 +22,7 @@ import torch
 from ..cli.generate import slug
 from ..loading import UserError, default_size
 from ..png_info import read_png, save_png
-from .drawing import draw_sight, mark_pixel
+from .drawing import draw_sight, enlargement, mark_pixel
 from .library import ATTENTION_LABEL, Library
 from .painting import MAX_SEED, Cancelled, Limits, Picture, Request, Step, memory_in_use, paint
 from .sight import record
@@ -65,6 +65,12 @@ PROGRESS = gr.Progress()
 # Gradio 6 says it one way, Gradio 5 another.
 PRIVATE: dict[str, Any] = (
     {"api_visibility": "private"} if "api_visibility" in inspect.signature(gr.on).parameters else {"api_name": False}
+)
+# No button that sends a picture elsewhere, and none that hides the head of the figure.
+BUTTONS: dict[str, Any] = (
+    {"buttons": []}
+    if "buttons" in inspect.signature(gr.Image.__init__).parameters
+    else {"show_share_button": False, "show_download_button": False, "show_fullscreen_button": False}
 )
 
 
@@ -168,7 +174,7 @@ def build_demo(
         recording = visits.recording(_page(visitor))
         if recording is None:
             raise UserError("The recording of this picture is gone; paint it again.")
-        x, y = (int(number) for number in event.index)
+        x, y = (int(number) // enlargement(recording.image) for number in event.index)
         width, height = recording.image.size
         return show(recording, (min(max(x, 0), width - 1), min(max(y, 0), height - 1)))
 
@@ -276,7 +282,7 @@ def build_demo(
                         label="Attention (left), GSPN-2 (right)", visible=False, type="filepath", elem_id="slider"
                     )
                     gallery = gr.Gallery(
-                        label="Pictures", format="png", columns=2, object_fit="contain", elem_id="gallery", height=520
+                        label="Pictures", format="png", columns=2, object_fit="contain", elem_id="gallery"
                     )
                     gr.Examples([[text] for text in EXAMPLES], [prompt], label="Try one of these")
             with gr.Tab("What the scan sees", elem_id="sight-tab"):
@@ -288,13 +294,16 @@ def build_demo(
                             look_button = gr.Button("Paint and look", variant="primary", elem_id="look")
                             look_stop = gr.Button("Cancel", variant="stop")
                         seen = gr.Image(
-                            label="Click on a point", interactive=False, type="pil", format="png", elem_id="seen"
+                            label="Click on a point",
+                            interactive=False,
+                            type="pil",
+                            format="png",
+                            elem_id="seen",
+                            **BUTTONS,
                         )
                         sight_status = gr.Markdown("", elem_id="sight-status")
                     with gr.Column(scale=7, min_width=320):
-                        figure = gr.Image(
-                            label="What this point reads", interactive=False, format="png", elem_id="sight"
-                        )
+                        figure = gr.Image(show_label=False, interactive=False, format="png", elem_id="sight", **BUTTONS)
                         table = gr.Dataframe(
                             headers=REACH_HEADERS,
                             label="Reach: tokens within which 90 % of what the point reads lies",
@@ -477,4 +486,5 @@ def _status(lines: list[str], library: Library) -> str:
 def _machine(library: Library) -> str:
     if library.device.type == "cuda":
         return torch.cuda.get_device_name(library.device)
-    return f"{library.device}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{library.device}, {threads} thread{'s' if threads > 1 else ''}"

@@ -12,7 +12,6 @@ GAP = 6
 LABELS = 96
 # Anchors of a dark-to-bright scale whose brightness rises evenly, so that it also reads in grey.
 SCALE = np.array([[12, 10, 40], [88, 24, 110], [190, 55, 85], [245, 140, 45], [252, 250, 190]], dtype=np.float32)
-ARROWS = {"right": "right \u2192", "left": "left \u2190", "down": "down \u2193", "up": "up \u2191"}
 
 
 def heat(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -49,7 +48,7 @@ def draw_sight(
     picture = recording.image
     layers = [recording.layers[index] for index in spread(len(recording.layers), most_layers)]
     directions = layers[0].mixer.config.directions
-    columns = [*(ARROWS[direction] for direction in directions), "all", "attention"]
+    columns = [*directions, "all", "attention"]
     ratio = min(TILE / picture.width, TILE / picture.height)
     tile = (max(8, round(picture.width * ratio)), max(8, round(picture.height * ratio)))
     font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=12)
@@ -106,13 +105,18 @@ def short(name: str) -> str:
     return f"{parts[0]} {'.'.join(numbers)}"
 
 
+def enlargement(picture: Image.Image, side: int = 384) -> int:
+    """The whole factor by which a small picture is shown larger, so that a point of it can be hit."""
+    return max(1, side // max(picture.size))
+
+
 def mark_pixel(picture: Image.Image, pixel: tuple[int, int]) -> Image.Image:
-    """The picture with a ring round the chosen pixel."""
-    marked = picture.convert("RGB")
+    """The picture, enlarged, with a ring round the chosen pixel."""
+    factor = enlargement(picture)
+    marked = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(marked)
-    radius = max(3, min(picture.size) // 40)
-    for width, colour in ((3, "black"), (1, (90, 230, 255))):
-        draw.ellipse(
-            (pixel[0] - radius, pixel[1] - radius, pixel[0] + radius, pixel[1] + radius), outline=colour, width=width
-        )
+    radius = max(4, min(marked.size) // 40)
+    x, y = (int((place + 0.5) * factor) for place in pixel)
+    for width, colour in ((4, "black"), (2, (90, 230, 255))):
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=width)
     return marked
