@@ -78,6 +78,8 @@ def record(library: Library, request: Request, step: int, cancel: threading.Even
         finally:
             for handle in handles:
                 handle.remove()
+    if not layers:
+        raise UserError(f"No layer was seen at step {step}; choose an earlier one.")
     return Recording(image, layers, step, request.steps)
 
 
