@@ -62,8 +62,10 @@ def record(library: Library, request: Request, step: int, cancel: threading.Even
 
         def listen(name: str, attention: Any) -> Any:
             def hook(mixer: GSPN2Layer, args: tuple[Tensor, int, int]) -> None:
-                if now == step:
-                    layers.append(Layer(name, attention, mixer, args[0][-1:].detach().clone(), (args[1], args[2])))
+                tokens, height, width = args
+                # Several maps on one canvas (an image and its references) have no one picture to be shown on.
+                if now == step and tokens.shape[1] == height * width:
+                    layers.append(Layer(name, attention, mixer, tokens[-1:].detach().clone(), (height, width)))
 
             return attention.gspn2.register_forward_pre_hook(hook)
 
