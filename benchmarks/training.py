@@ -135,7 +135,7 @@ def measure(kind: str, args: argparse.Namespace, accelerator: Accelerator) -> di
         with gspn2_disabled(step.denoiser) if kind == "attention" else nullcontext():
             loss, _ = module(**batch)
             accelerator.backward(loss)
-        if args.gradients and repeat == 0:
+        if args.gradients and kind != "attention" and repeat == 0:
             compare_gradients(trained, args.gradients, accelerator)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

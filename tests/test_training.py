@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from gspn2_diffusion import GSPN2Adapter, apply_gspn2
 from gspn2_diffusion.training import train
 from gspn2_diffusion.training.checkpoint import CheckpointError, checkpoints
-from gspn2_diffusion.training.encode import EncodedDataset
+from gspn2_diffusion.training.encode import Conditioner, EncodedDataset
 from gspn2_diffusion.training.report import plot_distances
 
 from . import tiny_models
+from .tiny_families import CASES, SD3
 from .training_runs import SIZE, arguments, free_port, image_folder, log_of, start_child
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -249,3 +251,35 @@ def test_sdxl_is_conditioned_as_its_pipeline_does(tmp_path: Path) -> None:
     prompt, _, pooled, _ = pipe.encode_prompt("picture a", do_classifier_free_guidance=False)
     torch.testing.assert_close(sample["encoder_hidden_states"].float(), prompt[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(sample["added_cond_kwargs.text_embeds"].float(), pooled[0], rtol=1e-3, atol=1e-3)
+
+
+def sd3_pipe() -> StableDiffusion3Pipeline:
+    """Joint attention and flow matching; without the T5 encoder, which the pipeline replaces by zeros."""
+    torch.manual_seed(0)
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**{**SD3, "joint_attention_dim": 32, "pooled_projection_dim": 32}),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_models.vae(),
+        text_encoder=tiny_models.text_encoder(16, projection=True),
+        tokenizer=tiny_models.tokenizer(),
+        text_encoder_2=tiny_models.text_encoder(16, projection=True),
+        tokenizer_2=tiny_models.tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def test_stable_diffusion_3_trains_by_flow_matching(tmp_path: Path) -> None:
+    sd3_pipe().save_pretrained(tmp_path / "pipe")
+    data = image_folder(tmp_path / "data")
+    out = tmp_path / "run"
+    train(arguments(tmp_path / "pipe", data, out, layerwise_steps=10, max_train_steps=12, learning_rate=1e-3))
+    assert EncodedDataset(tmp_path / "data-cache").facts == {"timestep_scale": 1.0, "packed": False}
+    distances = [line["layer_distance"] for line in log_of(out) if "distance" in line]
+    assert distances[-1] < distances[0]
+    apply_gspn2(sd3_pipe(), out)
+
+
+def test_models_whose_training_is_not_tested_are_refused() -> None:
+    with pytest.raises(ValueError, match="Training of DiTTransformer2DModel is not tested yet"):
+        Conditioner(CASES["DiTTransformer2DModel"].build())

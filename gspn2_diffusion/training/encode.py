@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..loading import default_size
+from ..loading import check_size, default_size
 from ..patching.families import find_model
 from ..patching.grid import arguments_by_name
 from .arguments import TrainingArguments
@@ -31,6 +31,7 @@ from .data import Rows, Size, bucket_sizes, fit, fitting_size, open_picture
 logger = logging.getLogger(__name__)
 
 SAMPLE_NAMES = ("sample", "hidden_states")
+TRAINABLE = ("UNet2DConditionModel", "SD3Transformer2DModel")
 DROPPED = (*SAMPLE_NAMES, "timestep", "return_dict")
 POSITIONS = ("img_ids", "txt_ids")
 
@@ -44,10 +45,17 @@ class Conditioner:
 
     Args:
         pipe: a diffusers text-to-image pipeline of a supported model.
+
+    Raises:
+        ValueError: its model is not one of `TRAINABLE`; others may count time or sign the flow another way.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.denoiser = pipe, find_model(pipe)
+        if not set(TRAINABLE) & {cls.__name__ for cls in type(self.denoiser).__mro__}:
+            raise ValueError(
+                f"Training of {type(self.denoiser).__name__} is not tested yet; it is for {', '.join(TRAINABLE)}."
+            )
         pipe.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -138,16 +146,14 @@ def target_sizes(args: TrainingArguments, pipe: Any) -> list[Size]:
     """The picture sizes of the run.
 
     Raises:
-        ValueError: a side is not a multiple of what the model needs.
+        UserError: a side is not a multiple of what the model needs.
     """
-    factor = pipe.vae_scale_factor
     sizes = [(args.resolution, args.resolution) if args.resolution else default_size(pipe)]
     if args.aspect_ratio_buckets:
         area = sizes[0][0] * sizes[0][1]
         sizes = bucket_sizes(round(area**0.5), args.bucket_step, args.max_aspect_ratio)
     for size in sizes:
-        if any(side % factor for side in size):
-            raise ValueError(f"{size[0]} x {size[1]} pixels do not divide by {factor}, which the VAE needs; change it.")
+        check_size(pipe, *size)
     return sizes
 
 
