@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from gspn2_diffusion import GSPN2Adapter, apply_gspn2
@@ -22,7 +21,8 @@ from gspn2_diffusion.training.encode import Conditioner, EncodedDataset
 from gspn2_diffusion.training.report import plot_distances
 
 from . import tiny_models
-from .tiny_families import CASES, SD3
+from .test_upscale import sd3_pipe
+from .tiny_families import CASES
 from .training_runs import SIZE, arguments, free_port, image_folder, log_of, start_child
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -232,10 +232,11 @@ def test_a_webdataset_is_read_like_a_folder(folders: tuple[Path, Path], tmp_path
 
 
 def test_buckets_keep_aspect_ratios_apart(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    data = image_folder(tmp_path / "data", 12, sizes=((16, 16), (40, 20), (20, 40)))
-    train(arguments(folders[0], data, tmp_path / "run", aspect_ratio_buckets=True, bucket_step=4, distance_steps=[]))
+    data = image_folder(tmp_path / "data", 12, sizes=((32, 32), (80, 48), (48, 80)))
+    options: dict[str, Any] = {"resolution": 32, "aspect_ratio_buckets": True, "bucket_step": 8}
+    train(arguments(folders[0], data, tmp_path / "run", **options, distance_steps=[]))
     encoded = EncodedDataset(tmp_path / "data-cache")
-    assert set(encoded.sizes) == {f"{SIZE}x{SIZE}", "24x12", "12x24"}
+    assert set(encoded.sizes) == {"32x32", "24x40", "40x24"}
     for index, size in enumerate(encoded.sizes):
         height, width = map(int, size.split("x"))
         assert encoded[index]["latents"].shape == (4, height // 2, width // 2)
@@ -253,27 +254,11 @@ def test_sdxl_is_conditioned_as_its_pipeline_does(tmp_path: Path) -> None:
     torch.testing.assert_close(sample["added_cond_kwargs.text_embeds"].float(), pooled[0], rtol=1e-3, atol=1e-3)
 
 
-def sd3_pipe() -> StableDiffusion3Pipeline:
-    """Joint attention and flow matching; without the T5 encoder, which the pipeline replaces by zeros."""
-    torch.manual_seed(0)
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**{**SD3, "joint_attention_dim": 32, "pooled_projection_dim": 32}),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=tiny_models.vae(),
-        text_encoder=tiny_models.text_encoder(16, projection=True),
-        tokenizer=tiny_models.tokenizer(),
-        text_encoder_2=tiny_models.text_encoder(16, projection=True),
-        tokenizer_2=tiny_models.tokenizer(),
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
-
-
 def test_stable_diffusion_3_trains_by_flow_matching(tmp_path: Path) -> None:
-    sd3_pipe().save_pretrained(tmp_path / "pipe")
     data = image_folder(tmp_path / "data")
     out = tmp_path / "run"
-    train(arguments(tmp_path / "pipe", data, out, layerwise_steps=10, max_train_steps=12, learning_rate=1e-3))
+    args = arguments(Path("tiny-sd3"), data, out, layerwise_steps=10, max_train_steps=12, learning_rate=1e-3)
+    train(args, sd3_pipe())
     assert EncodedDataset(tmp_path / "data-cache").facts == {"timestep_scale": 1.0, "packed": False}
     distances = [line["layer_distance"] for line in log_of(out) if "distance" in line]
     assert distances[-1] < distances[0]

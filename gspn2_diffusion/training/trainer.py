@@ -18,14 +18,14 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
 from ..adapter import GSPN2Adapter, few
 from ..assets import tiny_scenes_path
 from ..loading import DTYPE_KEY, SHIPPED
-from ..patching import apply_gspn2, gspn2_disabled
+from ..patching import apply_gspn2, gspn2_disabled, remove_gspn2
 from ..patching.families import find_model
 from .arguments import TrainingArguments
 from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy
@@ -42,8 +42,13 @@ PATIENCE = 20
 """Steps in a row without a finite gradient after which a run is given up."""
 
 
-def train(args: TrainingArguments) -> Path | None:
+def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
     """Runs a training from its options and returns the folder of the trained adapter (None after `--encode_only`).
+
+    Args:
+        args: the options.
+        pipe: the pipeline if it is loaded already; it is patched and moved, and loses the parts that training does not
+            need. None loads `args.pretrained_model_name_or_path`.
 
     Raises:
         CheckpointError: a checkpoint could not be written or read.
@@ -67,16 +72,21 @@ def train(args: TrainingArguments) -> Path | None:
     # FSDP2 shards parameters of one type together and casts them itself.
     fsdp = accelerator.distributed_type == DistributedType.FSDP
     dtype = torch.float32 if fsdp else DTYPES.get(accelerator.mixed_precision, torch.float32)
-    pipe = DiffusionPipeline.from_pretrained(
-        tiny_scenes_path() if args.pretrained_model_name_or_path == SHIPPED else args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        use_safetensors=True,
-        **{DTYPE_KEY: dtype},
-    )
+    if pipe is None:
+        shipped = args.pretrained_model_name_or_path == SHIPPED
+        pipe = DiffusionPipeline.from_pretrained(
+            tiny_scenes_path() if shipped else args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            use_safetensors=True,
+            **{DTYPE_KEY: dtype},
+        )
     pipe.to(accelerator.device)
+    remove_gspn2(pipe)
     # Half precision overflows in some VAEs (SDXL's).
-    pipe.vae.to(dtype=torch.float32)
+    for part, wanted in ((find_model(pipe), dtype), (pipe.vae, torch.float32)):
+        if part.dtype != wanted:
+            part.to(dtype=wanted)
     cache = encode_dataset(args, pipe, accelerator)
     data = EncodedDataset(cache)
     if data.broken:
@@ -155,7 +165,8 @@ class _Run:
         logging.getLogger("gspn2_diffusion.patching").setLevel(level)
         adapter.requires_grad_(True)
         # Trained weights stay in float32; autocast brings their products to the model's type.
-        return adapter.to(torch.float32)
+        cast_training_params(adapter, dtype=torch.float32)
+        return adapter
 
     def run(self) -> Path:
         args, accelerator = self.args, self.accelerator
