@@ -179,7 +179,7 @@ def encode_dataset(args: TrainingArguments, pipe: Any, accelerator: Accelerator)
     facts = conditioner([""], sizes[0])[2]
     if accelerator.is_main_process:
         _write_empty(folder, conditioner, sizes, args)
-        (folder / "facts.json").write_text(json.dumps(facts))
+        write_atomically(folder / "facts.json", json.dumps(facts).encode())
     bar = tqdm(total=len(rows), desc="encoding", disable=not accelerator.is_local_main_process or not missing)
     bar.update(sum(min(args.cache_shard_size, len(rows) - start) for start in starts if start not in missing))
     for start in missing:
@@ -291,13 +291,18 @@ def _shard(folder: Path, start: int) -> Path:
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """safetensors under a temporary name, then renamed."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     save_file(tensors, partial, metadata)
     os.replace(partial, path)
 
 
+def _partial(path: Path) -> Path:
+    """A name of this process's own: runs that share a cache may write the same shard at once."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     partial.write_bytes(content)
     os.replace(partial, path)
 
