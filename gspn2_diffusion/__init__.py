@@ -2,7 +2,7 @@
 
 from .adapter import GSPN2Adapter
 from .layers import GSPN2Config
-from .patching import apply_gspn2, gspn2_disabled, remove_gspn2, supported_models
+from .patching import apply_gspn2, fuse_gspn2, gspn2_disabled, remove_gspn2, supported_models, unfuse_gspn2
 from .version import __version__
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "GSPN2Config",
     "__version__",
     "apply_gspn2",
+    "fuse_gspn2",
     "gspn2_disabled",
     "remove_gspn2",
     "supported_models",
+    "unfuse_gspn2",
 ]

@@ -224,6 +224,8 @@ class _StoreHook:
         hidden_states, skips = output
         if torch.is_grad_enabled() and hidden_states.requires_grad:
             raise RuntimeError("offload_skips keeps no gradients; run under torch.no_grad(), or train without it.")
+        if hidden_states.device.type == "meta":  # a walk that counts bytes: these are not on the device
+            return hidden_states, tuple(skip.new_empty(1).expand(skip.shape) for skip in skips)
         stale = [(b.shape, b.dtype) for b in self.buffers] != [(skip.shape, skip.dtype) for skip in skips]
         if stale:
             pin = hidden_states.device.type == "cuda"
@@ -239,6 +241,8 @@ class _FetchHook:
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = (args[0] if args else kwargs["hidden_states"]).device
         skips = tuple(skip.to(device, non_blocking=True) for skip in kwargs["res_hidden_states_tuple"])
+        if device.type == "meta":
+            skips = tuple(skip.contiguous() for skip in skips)
         return args, {**kwargs, "res_hidden_states_tuple": skips}
 
 

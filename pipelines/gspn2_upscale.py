@@ -181,16 +181,7 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
         Raises:
             ValueError: a side is not a positive multiple of `size_multiple`.
         """
-        multiple = self.size_multiple
-        for name, side in (("height", height), ("width", width)):
-            if not isinstance(side, int) or side < multiple or side % multiple:
-                nearest = max(multiple, round(side / multiple) * multiple)
-                raise ValueError(f"{name} is {side}; this model needs a multiple of {multiple}, such as {nearest}.")
-        area = (base_size or self.native_size) ** 2 * 1.1
-        sizes = [(height, width)]
-        while math.prod(sizes[0]) > area and min(sizes[0]) > multiple:
-            sizes.insert(0, tuple(math.ceil(side / 2 / multiple) * multiple for side in sizes[0]))  # type: ignore[arg-type]
-        return sizes
+        return stage_sizes(height, width, base_size or self.native_size, self.size_multiple)
 
     @torch.no_grad()
     def __call__(
@@ -337,6 +328,18 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
         advice = f"turn on {', or '.join(remedies)}" if remedies else "make a smaller picture"
         where = "the VAE" if in_vae else "the denoiser"
         return f"Out of memory in {where} at {size[1]} x {size[0]} (stage {stage + 1}); {advice}. ({error})"
+
+
+def stage_sizes(height: int, width: int, base_size: int, multiple: int) -> list[tuple[int, int]]:
+    """As `GSPN2UpscalePipeline.stage_sizes`, for a model whose sides are multiples of `multiple`."""
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, int) or side < multiple or side % multiple:
+            nearest = max(multiple, round(side / multiple) * multiple)
+            raise ValueError(f"{name} is {side}; this model needs a multiple of {multiple}, such as {nearest}.")
+    sizes = [(height, width)]
+    while math.prod(sizes[0]) > base_size**2 * 1.1 and min(sizes[0]) > multiple:
+        sizes.insert(0, tuple(math.ceil(side / 2 / multiple) * multiple for side in sizes[0]))  # type: ignore[arg-type]
+    return sizes
 
 
 class _Progress:

@@ -15,6 +15,7 @@ from torch import nn
 from ..adapter import GSPN2Adapter, few
 from ..layers import GSPN2Config, random_init, teacher_init
 from .families import Family, Site, family_of, find_model
+from .fuse import unfuse_gspn2
 from .grid import BlockHook, GridRecord, ScopeHook, remove_hooks
 from .neighbours import (
     BaseModelSaver,
@@ -98,6 +99,7 @@ def remove_gspn2(pipe_or_model: Any) -> None:
     patched = patched_modules(model)
     if not patched:
         return
+    unfuse_gspn2(model)
     with offloading_lifted(model):
         for _, module, state in patched:
             module.set_processor(state.original[0])

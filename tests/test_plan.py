@@ -1,0 +1,87 @@
+"""The plan's arithmetic; its accuracy is measured by benchmarks/plan_accuracy.py."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspn2_diffusion import apply_gspn2
+from gspn2_diffusion.plan import _Operation, _peak, _walk, plan
+
+from . import tiny_models
+
+CPU = torch.device("cpu")
+
+
+def test_peak_counts_what_is_alive():
+    def run():
+        a = torch.empty(1000, device="meta")
+        b = a + 1
+        del a
+        c = b[:500].view(5, 100)  # no memory of its own
+        return c + c
+
+    assert _peak(run, CPU) == 8000  # a and b, then b and 500 of the sum
+
+
+def test_work_is_flops_or_bytes():
+    walk = _walk(lambda: torch.empty(8, 16, device="meta") @ torch.empty(16, 4, device="meta"), CPU)
+    (product,) = [op for op in walk.operations if "mm" in str(op.function)]
+    assert product.work == 2 * 8 * 16 * 4
+    (added,) = _walk(lambda: torch.empty(8, device="meta").exp(), CPU).operations
+    assert isinstance(added, _Operation) and added.work == 64
+
+
+def test_attention_is_one_operation_of_quadratic_work():
+    def attend(tokens):
+        q = torch.empty(1, 2, tokens, 4, device="meta")
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    small, large = (_walk(lambda: attend(n), CPU) for n in (32, 64))  # noqa: B023
+    assert len(small.operations) == 1 and large.operations[0].work == 4 * small.operations[0].work
+    assert large.peak < 3 * 64 * 2 * 4 * 4
+
+
+def test_plan_of_a_pipeline_and_of_its_folder(tmp_path):
+    pipe = tiny_models.sd_pipe()
+    apply_gspn2(pipe)
+    ticks = iter(range(10**9))
+    made = plan(pipe, 48, 32, calibrate_at=16, num_inference_steps=10, clock=lambda: next(ticks))
+    assert [(s.height, s.width, s.steps) for s in made.stages] == [(24, 16, 10), (48, 32, 3)]
+    assert made.fits and made.switches == {} and "7 GSPN-2 layers on cpu" in str(made)
+    assert made.stages[1].call_seconds > made.stages[0].call_seconds
+    assert made.seconds == pytest.approx(sum(s.seconds for s in made.stages))
+    assert next(pipe.unet.parameters()).device.type == "cpu"
+
+    tight = plan(pipe, 24, 16, calibrate_at=16, memory_limit=1, clock=lambda: next(ticks))
+    assert not tight.fits and "guidance_in_turn" in tight.switches and "DOES NOT FIT" in str(tight)
+
+    pipe.save_pretrained(tmp_path)
+    from_folder = plan(str(tmp_path), 24, 16, calibrate_at=16, device="cpu", clock=lambda: next(ticks))
+    assert "0 GSPN-2 layers" in from_folder.model
+    with pytest.raises(TypeError, match="holds no diffusers pipeline"):
+        plan(tmp_path / "nowhere", 24, 16)
+    with pytest.raises(ValueError, match="height is 21"):
+        plan(pipe, 21, 16)
+
+
+def test_sdxl_benchmark_runs(tmp_path, capsys):
+    path = Path(__file__).parent.parent / "benchmarks" / "sdxl.py"
+    spec = importlib.util.spec_from_file_location("sdxl_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    table = tmp_path / "sdxl.csv"
+    options = "--tiny --device cpu --dtype float32 --sizes 64 --iterations 1 --warmup 0 --batch 1"
+    chunks = "--feed_forward_tokens 8"
+    files = ["--csv", str(table), "--plot", str(tmp_path / "sdxl.png")]
+    module.main([*options.split(), *chunks.split(), *files])
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["mixer"] for row in rows] == ["attention", "linear", "gspn2", "none"]
+    assert all(float(row["ms"]) > 0 and not row["error"] for row in rows)
+    assert "1.000" in capsys.readouterr().out
+    assert (tmp_path / "sdxl.png").stat().st_size > 1000
