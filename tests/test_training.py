@@ -52,7 +52,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_distillation_brings_the_student_to_the_teacher(folders: tuple[Path, Path], tmp_path: Path) -> None:
