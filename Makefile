@@ -28,7 +28,7 @@ test: $(VENV)/.dev
 
 docs: $(VENV)/.base
 	$(BIN)/python -m pip install -q -e ".[docs]"
-	$(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ class Classifier(nn.Module):
     def __init__(self, mixer: type[nn.Module], side: int, channels: int = 32, depth: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(1, channels)
-        self.position = nn.Parameter(0.1 * torch.randn(side * side, channels))
+        self.position = nn.Parameter(torch.randn(side * side, channels))
         self.mixers = nn.ModuleList(mixer(channels) for _ in range(depth))
         self.feed_forwards = nn.ModuleList(
             nn.Sequential(nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))

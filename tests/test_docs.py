@@ -16,7 +16,7 @@ from gspn2_diffusion.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NAVIGATION = (ROOT / "mkdocs.yml").read_text()  # `make docs` is strict: it refuses what does not exist
+NAVIGATION = (ROOT / "mkdocs.yml").read_text()
 BLOCK = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 sys.path.insert(0, str(ROOT / "docs"))
