@@ -85,7 +85,7 @@ def good_requests(library: Library, steps: int) -> list[dict]:
         {"seed": 1},
         {"prompt": "two small blue squares"},
         {"width": 2 * unit},
-        {"height": unit + pipe.vae_scale_factor},
+        {"height": unit + 8},
         {"adapter": ATTENTION_LABEL},
         {"compare": True, "seed": 2},
         {"num_images": 2, "seed": 3},

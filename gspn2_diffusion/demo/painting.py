@@ -166,12 +166,14 @@ def after_each_step(cancel: threading.Event, action: Callable[[int], None]) -> C
 
 
 def paint_or_explain(pipe: Any, parameters: dict[str, Any], **more: Any) -> Any:
-    """The command line's `paint`; memory that runs out is a UserError."""
+    """The command line's `paint`; what the pipeline refuses, and memory that runs out, is a UserError."""
     try:
         return paint_one(pipe, parameters, **more)
     except (torch.OutOfMemoryError, MemoryError) as error:
         size = f"{parameters['width']} x {parameters['height']}"
         raise UserError(f"{size} pixels do not fit in memory; choose a smaller size.") from error
+    except ValueError as error:
+        raise UserError(f"The pipeline refused this request: {error}") from error
 
 
 @contextmanager
