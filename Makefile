@@ -23,8 +23,9 @@ $(VENV)/.dev: $(VENV)/.base
 demo: $(VENV)/.base
 	$(BIN)/gspn2 generate --compare --out outputs $(PROMPTS)
 
+# One process a core, one thread each: torch's threads would otherwise fight one another.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 docs: $(VENV)/.base
 	$(BIN)/python -m pip install -q -e ".[docs]"
