@@ -265,6 +265,19 @@ def test_checkpointed_step(case, model, family, reentrant):
         torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name, attentions",
+    {"sd15": 16, "sdxl": 70, "pixart-sigma": 28, "sd3-medium": 24, "sd3.5-medium": 37, "flux-dev": 57}.items(),
+    ids=str,
+)
+def test_published_configurations(name, attentions):
+    """The models of benchmarks/families.py, without memory for their weights: every self-attention is found."""
+    from benchmarks.families import MODELS, build, sites_of
+
+    model = build(MODELS[name], None, torch.device("meta"), torch.bfloat16)
+    assert len(sites_of(model)) == attentions
+
+
 class TestPackedTokens:
     """Reading the sides of images from the ids that Flux gets."""
 

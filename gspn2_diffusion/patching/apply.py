@@ -98,6 +98,7 @@ def remove_gspn2(pipe_or_model: Any) -> None:
     model = find_model(pipe_or_model)
     patched = patched_modules(model)
     if not patched:
+        remove_hooks(model)
         return
     unfuse_gspn2(model)
     with offloading_lifted(model):
