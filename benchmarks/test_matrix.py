@@ -115,19 +115,13 @@ stay the model's own, so the cost is linear in the number of image tokens and th
 - `DiTTransformer2DModel` itself takes square maps only, `UNet2DModel` itself only sides that its levels can halve.
 - Flux' IP-Adapter and SD3's work inside the joint attentions that are replaced: they are refused, with the way out in
   the message. IP-Adapters of Stable Diffusion and SDXL work.
-- Chroma's and CogView4's models build their attention mask for all pairs of tokens before the attention is called; with
-  a mask, memory stays quadratic in the image.
+- Chroma builds its attention mask for all pairs of tokens before it calls the attention; with a mask, memory stays
+  quadratic in the image.
 - Flux, Chroma and Flux.2 learn the map's sides from `img_ids`, which waits for the device once for each tensor. Compile
   the blocks (`compile_repeated_blocks`), not the whole model, if you want full graphs.
 - Flux.2's cache of reference keys (`kv_cache_mode`) has no meaning for a scan: its arguments are ignored.
 - Reference images (Kontext, Qwen-Image-Edit, Flux.2) are scanned beside the image on one canvas, aligned at the top.
 - Context parallelism is refused.
-
-## Adding a family
-
-Write one file in `gspn2_diffusion/patching/families/`: where the self-attentions are (`find_sites`), what kind each is
-(a key of `PROCESSORS`), and how the tokens of a call stand (`read_layout`). Add it to the table in `__init__.py` and a
-tiny model to `tests/tiny_families.py`; every test runs for it.
 """
 
 

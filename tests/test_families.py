@@ -13,7 +13,7 @@ from torch import Tensor
 from gspn2_diffusion import GSPN2Adapter, GSPN2Config, apply_gspn2, gspn2_disabled, remove_gspn2
 from gspn2_diffusion.layers import canvas_sides
 from gspn2_diffusion.patching import patched_modules
-from gspn2_diffusion.patching.families import FAMILIES
+from gspn2_diffusion.patching.families import FAMILIES, Layout
 from gspn2_diffusion.patching.families.base import packed_layout, segments_of
 
 from .test_layer import layer_in_loops
@@ -88,6 +88,10 @@ def definition(module, kind, tokens: Tensor, context: Tensor | None, keywords: d
         mask = keywords.get("encoder_hidden_states_mask")
         if mask is not None:
             scores = scores.masked_fill(~mask.bool()[:, None, None], -math.inf)
+        added = keywords.get("attention_mask")
+        if added is not None:
+            length = context.shape[1]
+            scores = scores + (added[:, None, None, :] if added.ndim == 2 else added[..., length:, :length])
         read = torch.einsum("bhqk,bkhd->bqhd", scores.exp() / scores.exp().sum(-1, keepdim=True), value)
         share = 1 / (1 + (-module.gspn2.text_share.double()).exp())
         scanned = scanned + (read * share[:, None]).flatten(2)
@@ -184,6 +188,34 @@ def unet2d_definition(module, maps):
     mixed = mixed @ module.to_out[0].weight.double().T + module.to_out[0].bias.double()
     mixed = mixed.transpose(1, 2).reshape(maps.shape) + maps.double()
     return mixed / module.rescale_output_factor
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"])
+def test_masks_over_all_pairs(layer):
+    """Chroma hands over a mask for every pair of tokens: its parts go where the pairs went."""
+    model = CASES["ChromaTransformer2DModel"].build()
+    apply_gspn2(model, config=RANDOM)
+    module = model.get_submodule(layer)
+    state = module._gspn2
+    state.record.layout = Layout(((2, 3),), TEXT)
+    text, image = noise(1, TEXT, 16), noise(1, 6, 16, seed=1)
+    keywords: dict[str, Any] = {"attention_mask": noise(1, 1, TEXT + 6, TEXT + 6, seed=2)}
+    if state.kind == "joint":
+        keywords |= {"hidden_states": image, "encoder_hidden_states": text}
+        got, after = module(**keywords)
+        with gspn2_disabled(model):
+            before = module(**keywords)[1]
+    else:
+        keywords |= {"hidden_states": torch.cat([text, image], dim=1)}
+        output = module(**keywords)
+        got, after = output[:, TEXT:], output[:, :TEXT]
+        with gspn2_disabled(model):
+            before = module(**keywords)[:, :TEXT]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    context = keywords.get("encoder_hidden_states")
+    expected = definition(module, state.kind, keywords["hidden_states"], context, keywords, 2, 3, TEXT)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_text_conditions_the_image(case, model):

@@ -134,7 +134,9 @@ def sd3_call(rows: int, columns: int) -> dict[str, Any]:
 
 def cogview_call(rows: int, columns: int) -> dict[str, Any]:
     sides = {name: torch.ones(BATCH, 2) for name in ("original_size", "target_size", "crop_coords")}
-    return with_text(rows, columns, **sides)
+    mask = torch.ones(BATCH, TEXT)
+    mask[1, 3:] = 0
+    return with_text(rows, columns, **sides, attention_mask=mask)
 
 
 def qwen_call(rows: int, columns: int) -> dict[str, Any]:

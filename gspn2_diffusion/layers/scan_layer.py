@@ -66,11 +66,10 @@ class GSPN2Layer(nn.Module):
         merged = self.width * (directions if config.merge == "concat" else 1)
         self.scan_in = nn.Linear(channels, features, device=device, dtype=dtype)
         self.scan_out = nn.Linear(merged, out_channels, bias=False, device=device, dtype=dtype)
+        self.text_share: nn.Parameter | None = None
         if text_heads:
             start = math.log(TEXT_SHARE / (1 - TEXT_SHARE))
             self.text_share = nn.Parameter(torch.full((text_heads,), start, device=device, dtype=dtype))
-        else:
-            self.text_share = None
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, proxy_dim={self.width}, directions={'/'.join(self.config.directions)}"

@@ -22,6 +22,7 @@ STATE = "_gspn2"
 
 QKV = tuple[Tensor, Tensor, Tensor]  # each (B, N, heads, head width)
 Rotary = tuple[Tensor, Tensor]
+Masks = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -101,11 +102,11 @@ class GSPN2JointAttnProcessor:
         state: PatchState = getattr(attn, STATE)
         layout = state.record.read(hidden_states.shape[1], state.name)
         text, image = self.project(attn, encoder_hidden_states, hidden_states, image_rotary_emb)
-        mask = self.mask(attention_mask, encoder_hidden_states_mask, text[0], image[0])
-        image_out = _scan(attn, hidden_states, layout, _read_text(text, image, mask))
+        for_text, for_image = self.masks(attention_mask, encoder_hidden_states_mask, text[0], image[0])
+        image_out = _scan(attn, hidden_states, layout, _read_text(text, image, for_image))
         # Nothing reads the text behind the last block.
         pre_only = getattr(attn, "context_pre_only", None)
-        text_out = encoder_hidden_states if pre_only else _text_rows(text, image, mask)
+        text_out = encoder_hidden_states if pre_only else _text_rows(text, image, for_text)
         return self.output(attn, image_out, text_out, pre_only)
 
     def project(self, attn: Any, text: Tensor, image: Tensor, rotary: Any) -> tuple[QKV, QKV]:
@@ -122,9 +123,10 @@ class GSPN2JointAttnProcessor:
         cos, sin = rotary
         return _rotated(text, (cos[:length], sin[:length])), _rotated(image, (cos[length:], sin[length:]))
 
-    def mask(self, mask: Tensor | None, text_mask: Tensor | None, text: Tensor, image: Tensor) -> Tensor | None:
-        """A mask that broadcasts to (B, heads, text + image, text + image), text first."""
-        return mask
+    def masks(self, mask: Tensor | None, text_mask: Tensor | None, text: Tensor, image: Tensor) -> Masks:
+        """The mask of the text's queries over text and image, and of the image's queries over the text. Never one over
+        all pairs of image tokens; `mask` broadcasts to (B, heads, text + image, text + image), text first."""
+        return _split_mask(mask, text.shape[1])
 
     def output(self, attn: Any, image: Tensor, text: Tensor, pre_only: bool | None) -> tuple[Tensor, Tensor]:
         for module in attn.to_out:
@@ -141,12 +143,14 @@ class GSPN2SharedJointAttnProcessor(GSPN2JointAttnProcessor):
             image_qkv = _rotated(image_qkv, rotary, use_real_unbind_dim=-2)
         return text_qkv, image_qkv
 
-    def mask(self, mask: Tensor | None, text_mask: Tensor | None, text: Tensor, image: Tensor) -> Tensor | None:
+    def masks(self, mask: Tensor | None, text_mask: Tensor | None, text: Tensor, image: Tensor) -> Masks:
         if mask is None:
-            return None
+            return None, None
         # As in CogView4AttnProcessor, the (B, text) mask becomes a number added to the scores, not a boolean.
-        valid = F.pad(mask.to(text.device) > 0, (0, image.shape[1]), value=True)
-        return (valid[:, None, :, None] & valid[:, None, None, :]).to(text.dtype)
+        valid = mask.to(text.device) > 0
+        keys = F.pad(valid, (0, image.shape[1]), value=True)
+        for_text = valid[:, None, :, None] & keys[:, None, None, :]
+        return for_text.to(text.dtype), valid[:, None, None, :].to(text.dtype)
 
     def output(self, attn: Any, image: Tensor, text: Tensor, pre_only: bool | None) -> tuple[Tensor, Tensor]:
         for module in attn.to_out:
@@ -163,10 +167,10 @@ class GSPN2ComplexJointAttnProcessor(GSPN2JointAttnProcessor):
         for_image, for_text = rotary
         return _rotated_complex(text, for_text), _rotated_complex(image, for_image)
 
-    def mask(self, mask: Tensor | None, text_mask: Tensor | None, text: Tensor, image: Tensor) -> Tensor | None:
-        if text_mask is None:
-            return mask
-        return F.pad(text_mask.bool(), (0, image.shape[1]), value=True)[:, None, None, :]
+    def masks(self, mask: Tensor | None, text_mask: Tensor | None, text: Tensor, image: Tensor) -> Masks:
+        if text_mask is not None:
+            mask = F.pad(text_mask.bool(), (0, image.shape[1]), value=True)[:, None, None, :]
+        return _split_mask(mask, text.shape[1])
 
 
 class GSPN2SingleAttnProcessor:
@@ -222,8 +226,18 @@ def _one_sequence(attn: Any, tokens: Tensor, qkv: QKV, rotary: Rotary | None, ma
         qkv = _rotated(qkv, rotary)
     text: Any = tuple(part[:, : layout.text] for part in qkv)
     image: Any = tuple(part[:, layout.text :] for part in qkv)
-    scanned = _scan(attn, tokens[:, layout.text :], layout, _read_text(text, image, mask))
-    return torch.cat([_text_rows(text, image, mask), scanned], dim=1)
+    for_text, for_image = _split_mask(mask, layout.text)
+    scanned = _scan(attn, tokens[:, layout.text :], layout, _read_text(text, image, for_image))
+    return torch.cat([_text_rows(text, image, for_text), scanned], dim=1)
+
+
+def _split_mask(mask: Tensor | None, length: int) -> Masks:
+    """Of a mask over text and image: the rows of the text, and the image's rows over the text alone."""
+    if mask is None:
+        return None, None
+    if mask.shape[-2] == 1:
+        return mask, mask[..., :length]
+    return mask[..., :length, :], mask[..., length:, :length]
 
 
 def _heads(attn: Any, query: Tensor, key: Tensor, value: Tensor, norms: str) -> QKV:
@@ -255,18 +269,13 @@ def _rotated_complex(qkv: QKV, frequencies: Tensor) -> QKV:
 
 def _read_text(text: QKV, image: QKV, mask: Tensor | None) -> Tensor | None:
     """(B, image, heads, head width): softmax of the image's queries over the text alone. N_image x N_text."""
-    length = text[0].shape[1]
-    if length == 0:
+    if text[0].shape[1] == 0:
         return None
-    if mask is not None:
-        mask = mask[..., :length] if mask.shape[-2] == 1 else mask[..., length:, :length]
     return _softmax_attention(image[0], text[1], text[2], mask)
 
 
 def _text_rows(text: QKV, image: QKV, mask: Tensor | None) -> Tensor:
     """(B, text, heads * head width): softmax of the text's queries over text and image, as before the patch."""
-    if mask is not None and mask.shape[-2] != 1:
-        mask = mask[..., : text[0].shape[1], :]
     keys, values = torch.cat([text[1], image[1]], dim=1), torch.cat([text[2], image[2]], dim=1)
     return _softmax_attention(text[0], keys, values, mask).flatten(-2)
 
