@@ -15,6 +15,7 @@ from gspn2_diffusion.layers import canvas_sides
 from gspn2_diffusion.patching import patched_modules
 from gspn2_diffusion.patching.families import FAMILIES, Layout
 from gspn2_diffusion.patching.families.base import packed_layout, segments_of
+from gspn2_diffusion.patching.processors import QWEN_USES_MASK
 
 from .test_layer import layer_in_loops
 from .test_patching import everything
@@ -86,7 +87,7 @@ def definition(module, kind, tokens: Tensor, context: Tensor | None, keywords: d
         query, key, value = queries_of_image_keys_of_text(module, kind, tokens, context, keywords)
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(query.shape[-1])
         mask = keywords.get("encoder_hidden_states_mask")
-        if mask is not None:
+        if mask is not None and QWEN_USES_MASK:
             scores = scores.masked_fill(~mask.bool()[:, None, None], -math.inf)
         added = keywords.get("attention_mask")
         if added is not None:

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import canvas_sides
 from .families import Layout
 from .grid import GridRecord
+
+# Older diffusers pass Qwen-Image's mask of the text along and ignore it.
+QWEN_USES_MASK = hasattr(transformer_qwenimage, "compute_text_seq_len_from_mask")
 
 LAYER = "gspn2"
 STATE = "_gspn2"
@@ -168,7 +172,7 @@ class GSPN2ComplexJointAttnProcessor(GSPN2JointAttnProcessor):
         return _rotated_complex(text, for_text), _rotated_complex(image, for_image)
 
     def masks(self, mask: Tensor | None, text_mask: Tensor | None, text: Tensor, image: Tensor) -> Masks:
-        if text_mask is not None:
+        if text_mask is not None and QWEN_USES_MASK:
             mask = F.pad(text_mask.bool(), (0, image.shape[1]), value=True)[:, None, None, :]
         return _split_mask(mask, text.shape[1])
 
