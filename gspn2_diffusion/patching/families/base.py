@@ -77,7 +77,7 @@ class Family:
     matrices: Callable[[nn.Module, Site], Matrices] = attention_matrices
 
 
-def last_two_sides(module: nn.Module, arguments: dict[str, Any]) -> Layout:
+def map_layout(module: nn.Module, arguments: dict[str, Any]) -> Layout:
     """The layout where the scope sees the map itself: `hidden_states` is (B, C, H, W)."""
     height, width = arguments["hidden_states"].shape[-2:]
     return Layout(((height, width),))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .base import Family, Layout, Site, last_two_sides
+from .base import Family, Layout, Site, map_layout
 
 BLOCK = r"(?:(?:down_blocks|up_blocks)\.(\d+)|mid_block)\.attentions\.\d+"
 ATTENTION = re.compile(BLOCK + r"\.transformer_blocks\.\d+\.attn1")
@@ -44,7 +44,7 @@ def sample_layout(module: Any, arguments: dict[str, Any]) -> Layout:
 
 
 FAMILIES = (
-    Family("UNet2DConditionModel", "Stable Diffusion 1.5, 2.1, SDXL", find_sites, last_two_sides),
-    Family("ControlNetModel", "ControlNets of Stable Diffusion and SDXL", find_sites, last_two_sides),
+    Family("UNet2DConditionModel", "Stable Diffusion 1.5, 2.1, SDXL", find_sites, map_layout),
+    Family("ControlNetModel", "ControlNets of Stable Diffusion and SDXL", find_sites, map_layout),
     Family("UNet2DModel", "DDPM, unconditional UNets", find_map_sites, sample_layout),
 )
