@@ -119,7 +119,7 @@ stay the model's own, so the cost is linear in the number of image tokens and th
   quadratic in the image.
 - Flux, Chroma and Flux.2 learn the map's sides from `img_ids`, which waits for the device once for each tensor. Compile
   the blocks (`compile_repeated_blocks`), not the whole model, if you want full graphs.
-- Flux.2's cache of reference keys (`kv_cache_mode`) has no meaning for a scan: its arguments are ignored.
+- Flux.2's cache of reference keys (`kv_cache_mode`) has no meaning for a scan and is refused.
 - Reference images (Kontext, Qwen-Image-Edit, Flux.2) are scanned beside the image on one canvas, aligned at the top.
 - Context parallelism is refused.
 """

@@ -335,6 +335,10 @@ class TestPackedTokens:
         ids.copy_(image_ids(4, 3))
         assert self.layout(ids).segments == ((4, 3),)
 
+    def test_cached_keys_are_refused(self):
+        with pytest.raises(ValueError, match="kv_cache_mode"):
+            packed_layout(torch.nn.Identity(), {"kv_cache_mode": "extract"})
+
     @pytest.mark.parametrize("ids", [image_ids(3, 5)[:-1], image_ids(3, 5).flip(0), image_ids(4, 4)[:, [0, 2, 1]]])
     def test_other_orders_are_refused(self, ids):
         with pytest.raises(ValueError, match="whole grid"):

@@ -94,7 +94,15 @@ def packed_layout(module: nn.Module, arguments: dict[str, Any]) -> Layout:
     """The layout of tokens that come packed, from their position ids: `img_ids` (N, 3 or more) of time, row, column.
 
     Reading the ids waits for the device, so the result stays with the tensor, which a pipeline passes at every step.
+
+    Raises:
+        ValueError: the ids are no whole grids, or Flux.2 is asked to keep the keys of its reference images.
     """
+    if arguments.get("kv_cache_mode") is not None:
+        raise ValueError(
+            "kv_cache_mode keeps the keys of reference images, which a line scan does not have; call without it, or "
+            "remove_gspn2."
+        )
     ids = arguments["img_ids"]
     text = arguments["encoder_hidden_states"].shape[1]
     if torch.compiler.is_compiling():
