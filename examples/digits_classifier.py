@@ -65,7 +65,7 @@ class Classifier(nn.Module):
             for _ in range(depth)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2 * depth))
-        self.head = nn.Linear(channels, 10)
+        self.head = nn.Linear(side * side * channels, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[1:]
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
         for index, (mixer, feed_forward) in enumerate(zip(self.mixers, self.feed_forwards, strict=True)):
             tokens = tokens + mixer(self.norms[2 * index](tokens), height, width)
             tokens = tokens + feed_forward(self.norms[2 * index + 1](tokens))
-        return self.head(tokens.mean(1))
+        return self.head(tokens.flatten(1))
 
 
 # %% [markdown]

@@ -416,6 +416,10 @@ def launch(
         )
     except OSError as error:
         raise UserError(f"The demo cannot listen on {host}, port {port or '7860 to 7959'}; choose another.") from error
+    except ValueError as error:  # Gradio's own look at the page
+        raise UserError(
+            f"The demo does not answer on {host}, perhaps because a proxy is in the way; set no_proxy={host}."
+        ) from error
     if block:
         print(f"The demo is at {address} (Ctrl-C ends it).", flush=True)
         demo.block_thread()
