@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import nn
 
 from .grid import PatchHook
@@ -138,6 +137,9 @@ def offloading_lifted(model: Any) -> Iterator[None]:
         if hook is not None:
             cpu_offload(model, hook.execution_device, offload_buffers=hook.offload_buffers)
         # diffusers' LoRA and textual inversion loaders do this after they changed a module in place.
+        # Here and not above: diffusers.hooks imports peft, which takes seconds.
+        from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+
         _maybe_remove_and_reapply_group_offloading(model)
 
 
