@@ -127,3 +127,9 @@ def test_distill_hands_its_flags_to_the_training_script(capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--help"])
     assert "--max_train_steps" in capsys.readouterr().out
+
+
+def test_plan_prints_time_and_memory(model, capsys):
+    assert main(["plan", *model, "--device", "cpu", "--height", "32", "--width", "64"]) == 0
+    assert "GiB" in capsys.readouterr().out
+    assert main(["plan", *model, "--device", "cpu", "--height", "33", "--width", "64"]) == 2

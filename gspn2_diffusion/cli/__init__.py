@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "paint in the browser",
     "distill": "train the GSPN-2 layers of a pipeline from the attention they replace (examples/distill.py)",
     "evaluate": "score a pipeline on scenes whose pictures can be checked (SceneEval)",
+    "plan": "say what time and memory a size will take, and which switches it needs",
     "info": "show versions, the device, which kernel would run, and supported models",
 }
 
