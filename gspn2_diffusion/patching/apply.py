@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def apply_gspn2(
         if adapter is None:
             loaded = _new_adapter(model, family, sites, config or GSPN2Config())
         else:
-            loaded = adapter
+            loaded = cast(GSPN2Adapter, adapter)
             _check_fits(loaded, model, family, sites)
         chosen = [sites[name] for name in loaded.layer_names]
         for site in chosen:

@@ -32,7 +32,7 @@ class GuardHook(PatchHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refuse_parallelism(module)
-        replaced = {}
+        replaced: dict[str, Any] = {}
         for attention in self.attentions:
             state: PatchState = getattr(attention, STATE)
             if not state.enabled:
@@ -68,7 +68,7 @@ class BaseModelSaver:
         attentions = [module for module in self.model.modules() if LAYER in module._modules]
         layers = [attention._modules.pop(LAYER) for attention in attentions]
         try:
-            result = type(self.model).save_pretrained(self.model, *args, **kwargs)  # type: ignore[operator]
+            result = type(self.model).save_pretrained(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
             for attention, layer in zip(attentions, layers, strict=True):
                 attention._modules[LAYER] = layer

@@ -98,7 +98,8 @@ class Conditioner:
         scheduled = float(self.pipe.scheduler.timesteps[0])
         given = float(torch.as_tensor(seen["timestep"]).flatten()[0])
         facts = {"timestep_scale": given / scheduled if scheduled else 1.0, "packed": sample.ndim == 3}
-        own, shared = {}, {}
+        own: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
         for name, value in _flatten({k: v for k, v in seen.items() if k not in DROPPED}).items():
             by_caption = name not in POSITIONS and value.ndim and value.shape[0] == len(captions)
             (own if by_caption else shared)[name] = value
@@ -264,7 +265,7 @@ def _encode_shard(
 
 def _write_empty(folder: Path, conditioner: Conditioner, sizes: list[Size], args: TrainingArguments) -> None:
     """The empty caption's conditions at each size, for caption dropout."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for size in sizes:
         own, _, _ = conditioner([""], size)
         tensors |= {f"{size[0]}x{size[1]}/own/{name}": _stored(value, args, name)[0] for name, value in own.items()}

@@ -159,7 +159,7 @@ class _Run:
         # The warning about untrained layers is for users who want pictures now.
         logging.getLogger("gspn2_diffusion.patching").setLevel(logging.ERROR)
         if self.args.adapter is not None:
-            adapter = apply_gspn2(denoiser, self.args.adapter)
+            adapter: Any = apply_gspn2(denoiser, self.args.adapter)
         else:
             adapter = apply_gspn2(denoiser, config=self.args.operator_config())
         logging.getLogger("gspn2_diffusion.patching").setLevel(level)
@@ -288,7 +288,8 @@ class _Run:
         folder.mkdir(exist_ok=True)
         if not (folder / "teacher.png").is_file():
             with gspn2_disabled(self.student.denoiser):
-                make_image_grid(self._pictures(), 1, len(self.args.validation_prompts)).save(folder / "teacher.png")
+                taught = self._pictures()
+                make_image_grid(taught, 1, len(taught)).save(folder / "teacher.png")
         pictures = self._pictures()
         make_image_grid(pictures, 1, len(pictures)).save(folder / f"{STEM}{done:06d}.png")
         for tracker in self.accelerator.trackers:
