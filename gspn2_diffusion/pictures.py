@@ -22,14 +22,3 @@ def side_by_side(labelled: Sequence[tuple[str, Image.Image]]) -> Image.Image:
         canvas.paste(picture, (left, 2 * MARGIN + 14))
         left += picture.width + MARGIN
     return canvas
-
-
-def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in rows of `columns`."""
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), "white")
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
-        canvas.paste(picture, (MARGIN + column * (width + MARGIN), MARGIN + row * (height + MARGIN)))
-    return canvas

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from ..ops.validation import DIRECTIONS
 
-DIRECTIONS = ("right", "left", "down", "up")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,3 @@ class GSPN2Config:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} got {value!r}; use one of {', '.join(repr(option) for option in allowed)}.")
-
-
-def natural_key(name: str) -> list[Any]:
-    """Sort key that puts `blocks.10` after `blocks.9`."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
