@@ -120,6 +120,16 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) v.gated[e] += taps[SETS > 1 ? 3 * e + t : t] * after[e];
             }
+            float whole[VEC], carried[VEC] = {};  // g; with decay, the sum over the taps of this line
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) whole[e] = v.gated[e];
+            const int vector = j * p.lanes + lane, next = tensor_bytes / sizeof(T);
+            const T* staged = reinterpret_cast<const T*>(stages + slot * stage_bytes + vector * VEC * sizeof(T)) + bool(u) * next;
+            if constexpr (GSPN2_DECAY) {
+                load_vector<T, VEC>(after, STAGES ? staged + next : lam.at(i, j));
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) v.gated[e] *= 1.f - after[e];
+            }
             g.template publish<CLUSTER>(buffer, j, lane, v.gated, at.rank);
 #pragma unroll
             for (int s = 0; s < SETS; ++s)
@@ -127,8 +137,6 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
                 for (int t = 0; t < 3; ++t) taps[3 * s + t] = v.weight[s][t];
             weights.template publish<CLUSTER>(buffer, j, lane, taps, at.rank);
 
-            const int vector = j * p.lanes + lane, next = tensor_bytes / sizeof(T);
-            const T* staged = reinterpret_cast<const T*>(stages + slot * stage_bytes + vector * VEC * sizeof(T)) + bool(u) * next;
             float other[VEC], result[VEC];
             if (u) {
                 load_vector<T, VEC>(other, STAGES ? state_slot(i, j) : state.at(i, j));
@@ -139,14 +147,16 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
             if (lam) {
                 load_vector<T, VEC>(other, STAGES ? staged + next : lam.at(i, j));
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) result[e] = other[e] * v.gated[e];
+                for (int e = 0; e < VEC; ++e) result[e] = other[e] * whole[e];
                 store_vector<T, VEC>(grad_x.at(i, j), result);
-                load_vector<T, VEC>(other, STAGES ? staged + 2 * next : x.at(i, j));
+                if constexpr (!GSPN2_DECAY) {
+                    load_vector<T, VEC>(other, STAGES ? staged + 2 * next : x.at(i, j));
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) result[e] = other[e] * v.gated[e];
-                store_vector<T, VEC>(grad_lam.at(i, j), result);
+                    for (int e = 0; e < VEC; ++e) result[e] = other[e] * whole[e];
+                    store_vector<T, VEC>(grad_lam.at(i, j), result);
+                }
             } else {
-                store_vector<T, VEC>(grad_x.at(i, j), v.gated);
+                store_vector<T, VEC>(grad_x.at(i, j), whole);
             }
             if (i > at.first) {
 #pragma unroll
@@ -155,8 +165,17 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
                     if (neighbour < 0 || neighbour >= at.length) continue;
                     load_vector<T, VEC>(other, STAGES ? state_slot(i - 1, j + t - 1) : state.at(i - 1, j + t - 1));
 #pragma unroll
-                    for (int e = 0; e < VEC; ++e) product[SETS > 1 ? e : 0][t] += v.gated[e] * other[e];
+                    for (int e = 0; e < VEC; ++e) {
+                        product[SETS > 1 ? e : 0][t] += v.gated[e] * other[e];
+                        if constexpr (GSPN2_DECAY) carried[e] += v.weight[SETS > 1 ? e : 0][t] * other[e];
+                    }
                 }
+            }
+            if constexpr (GSPN2_DECAY) {
+                load_vector<T, VEC>(other, STAGES ? staged + 2 * next : x.at(i, j));
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) result[e] = (other[e] - carried[e]) * whole[e];
+                store_vector<T, VEC>(grad_lam.at(i, j), result);
             }
         }
         if constexpr (SETS == 1) {  // over the lanes of the group, in their order

@@ -47,6 +47,7 @@ GSPN2_DEVICE void scan_forward(const Params& p) {
 
     struct Vector {
         float input[VEC], gate[VEC], weight[SETS][3];
+        float keep[GSPN2_DECAY ? VEC : 1];  // 1 - lam
     };
     // What a vector needs besides its neighbours.
     const auto prepare = [&](Vector& v, int i, int j, int slot) {
@@ -58,6 +59,10 @@ GSPN2_DEVICE void scan_forward(const Params& p) {
             load_vector<T, VEC>(v.gate, STAGES ? staged += next : lam.at(i, j));
 #pragma unroll
             for (int e = 0; e < VEC; ++e) v.input[e] *= v.gate[e];
+            if constexpr (GSPN2_DECAY) {
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) v.keep[e] = 1.f - v.gate[e];
+            }
         }
         if (u) load_vector<T, VEC>(v.gate, STAGES ? staged + next : u.at(i, j));
         const L* taps = logits.at(i, j);
@@ -78,7 +83,10 @@ GSPN2_DEVICE void scan_forward(const Params& p) {
         for (int t = 0; t < 3; ++t) {
             h.read(before, buffer ^ 1, j + t - 1, lane);
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) v.input[e] += v.weight[SETS > 1 ? e : 0][t] * before[e];
+            for (int e = 0; e < VEC; ++e) {
+                const float tap = v.weight[SETS > 1 ? e : 0][t];
+                v.input[e] += (GSPN2_DECAY ? tap * v.keep[GSPN2_DECAY ? e : 0] : tap) * before[e];
+            }
         }
         h.template publish<CLUSTER>(buffer, j, lane, v.input, at.rank);
         if (state) store_vector<T, VEC>(state.at(i, j), v.input);

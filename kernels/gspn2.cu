@@ -1,7 +1,10 @@
 // One kernel, for one set of choices that the launcher (gspn2_diffusion/ops/cuda.py) makes when it compiles it. Each is named
 // GSPN2_ and: FORWARD, BACKWARD or SUM_PARTIALS, the kernel; STORAGE, LOGITS, element types; VEC, channels of a thread; SETS, its
 // weight sets (1, or VEC where each channel has its own); STAGES, lines staged ahead; CLUSTER, blocks to a line; THREADS, threads
-// of the largest block.
+// of the largest block; DECAY, where the state decays by 1 - lam.
+#ifndef GSPN2_DECAY
+#define GSPN2_DECAY 0
+#endif
 #include "backward.cuh"
 #include "forward.cuh"
 

@@ -21,6 +21,7 @@ SCANS = {
     "groups": (9, 7, 12, 6, 4, {"segment": 4, "normalizer": "softmax"}),
     "few_groups": (8, 5, 16, 2, 1, {"merge": "sum"}),
     "two_directions": (11, 4, 8, 8, 2, {"directions": ("up", "left")}),
+    "decay": (7, 5, 8, 1, 4, {"decay": True}),
     "no_gates": (5, 3, 4, 1, None, {}),
     "bfloat16": (13, 6, 8, 1, 4, {}),
 }

@@ -20,11 +20,18 @@ class Case(NamedTuple):
     segment: int | None = None
     merge: str = "concat"
     gates: str = "each"  # each direction its own, "shared" by the directions, "lam" only, or "none"
+    decay: bool = False
     fused: bool = False  # all inputs are strided views of one tensor, as they come out of the layer's projection
 
     @property
     def options(self) -> dict:
-        return dict(directions=self.directions, normalizer=self.normalizer, segment=self.segment, merge=self.merge)
+        return dict(
+            directions=self.directions,
+            normalizer=self.normalizer,
+            segment=self.segment,
+            merge=self.merge,
+            decay=self.decay,
+        )
 
     def __str__(self) -> str:
         parts = [
@@ -32,7 +39,8 @@ class Case(NamedTuple):
             "".join(d[0] for d in self.directions),
             self.normalizer,
         ]
-        parts += [f"seg{self.segment}"] * (self.segment is not None) + [self.merge, self.gates] + ["fused"] * self.fused
+        parts += [f"seg{self.segment}"] * (self.segment is not None) + [self.merge, self.gates] + ["decay"] * self.decay
+        parts += ["fused"] * self.fused
         return "-".join(parts)
 
 
@@ -51,6 +59,9 @@ CASES = [
     Case(1, 31, 57, 40, 40, directions=("right",), gates="lam"),
     Case(1, 72, 128, 8, gates="lam", segment=50),
     Case(1, 5, 9, 160, fused=True, merge="sum", segment=1),
+    Case(2, 7, 9, 40, 2, fused=True, decay=True),
+    Case(1, 9, 5, 8, 8, gates="lam", segment=4, normalizer="softmax", decay=True),
+    Case(2, 5, 6, 12, gates="shared", merge="sum", decay=True),
 ]
 
 

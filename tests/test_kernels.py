@@ -26,6 +26,9 @@ EMULATED = [
     (Case(1, 2, 1100, 8, directions=("down",)), torch.bfloat16, DEVICES["a100"]),
     (Case(1, 3, 600, 8, directions=("down", "right")), torch.bfloat16, SMALL),
     (Case(1, 3, 600, 4, 4, directions=("up",), gates="lam"), torch.float32, SMALL),
+    (Case(1, 3, 200, 16, merge="sum", gates="shared", decay=True), torch.float32, DEVICES["h100"]),
+    (Case(1, 131, 3, 8, 8, gates="lam", directions=("left", "down"), decay=True), torch.bfloat16, DEVICES["b200"]),
+    (Case(1, 3, 600, 8, directions=("down",), decay=True), torch.float16, SMALL),
 ]
 EMULATED_IDS = [
     f"{case}-{str(dtype)[6:]}-sm{device.capability[0]}{device.capability[1]}" for case, dtype, device in EMULATED
@@ -60,11 +63,11 @@ def run(case: Case, dtype: torch.dtype, device: Device, seed: int = 0) -> tuple[
 
     torch.use_deterministic_algorithms(True)  # fills the outputs' memory with NaN
     try:
-        y, state = cuda.scan_forward(*inputs, *options(case), True, device=device, execute=emulate)
-        expected_y, expected_state = eager.scan_forward(*exact, *options(case), True)
+        y, state = cuda.scan_forward(*inputs, *options(case), True, case.decay, device=device, execute=emulate)
+        expected_y, expected_state = eager.scan_forward(*exact, *options(case), True, case.decay)
         grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        grads = cuda.scan_backward(grad_y, state, *inputs, *options(case), device=device, execute=emulate)
-        expected_grads = eager.scan_backward(grad_y.double(), expected_state, *exact, *options(case))
+        grads = cuda.scan_backward(grad_y, state, *inputs, *options(case), case.decay, device=device, execute=emulate)
+        expected_grads = eager.scan_backward(grad_y.double(), expected_state, *exact, *options(case), case.decay)
     finally:
         torch.use_deterministic_algorithms(False)
     names = ("y", "state", *(f"d_{name}" for name in NAMES))
@@ -215,7 +218,8 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
                 dtype = torch.float32 if size == 4 else torch.bfloat16
                 variant = cuda.choose(work_of(SHAPES[name], size, backward), by_capability[architecture])
                 kernel = "BACKWARD" if backward else "FORWARD"
-                jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype)))
+                for decay in (False, True) if architecture in ("86", "90") else (False,):
+                    jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype, decay)))
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 

@@ -39,9 +39,11 @@ def layer_in_loops(layer: GSPN2Layer, tokens: np.ndarray, height: int, width: in
                 direction,
                 config.normalizer,
                 config.segment,
+                config.decay,
             )
             n = width if direction in ("right", "left") else height
-            outputs.append((y, n if config.segment is None else min(n, config.segment)))
+            gathered = n if config.segment is None else min(n, config.segment)
+            outputs.append((y, 1 if config.decay else gathered))
         if config.merge == "concat":
             merged.append(np.concatenate([y / n for y, n in outputs], axis=-1))
         else:
@@ -49,7 +51,7 @@ def layer_in_loops(layer: GSPN2Layer, tokens: np.ndarray, height: int, width: in
     return (np.stack(merged) @ w_out.T).reshape(len(features), height * width, -1)
 
 
-def scan_in_loops(x, lam, u, logits, direction, normalizer, segment):
+def scan_in_loops(x, lam, u, logits, direction, normalizer, segment, decay):
     """One direction of one picture: x, lam, u (H, W, D), logits (H, W, G, 3)."""
     height, width, d = x.shape
     groups = logits.shape[2]
@@ -64,12 +66,14 @@ def scan_in_loops(x, lam, u, logits, direction, normalizer, segment):
         current = {}
         for place in range(places):
             at = (place, line) if horizontal else (line, place)
-            state = lam[at] * x[at]
+            share = 1 / (1 + np.exp(-lam[at])) if decay else lam[at]
+            kept = 1 - share if decay else np.ones_like(share)
+            state = share * x[at]
             taps = [t for t in TAPS if 0 <= place + t < places]
             for channel in range(d) if previous is not None else ():
                 weights = [positive(logits[at][channel * groups // d, t + 1]) for t in taps]
                 for t, weight in zip(taps, weights, strict=True):
-                    state[channel] += weight / sum(weights) * previous[place + t][channel]
+                    state[channel] += kept[channel] * weight / sum(weights) * previous[place + t][channel]
             current[place] = state
             y[at] = u[at] * state
         previous = current
@@ -84,6 +88,7 @@ CONFIGS = {
     "segment": {"segment": 3},
     "groups": {"groups": 4},
     "two-directions": {"directions": ("up", "left")},
+    "decay": {"decay": True, "gates": "shared"},
     "odd-width": {"proxy_dim": 5, "groups": 5},
 }
 
@@ -132,6 +137,17 @@ def test_the_same_weights_keep_their_scale_at_another_resolution():
     assert large.mean().item() == pytest.approx(1 + 1 / 64, abs=1e-3)
 
 
+def test_a_decaying_state_starts_as_a_mean_of_the_lines_nearby():
+    layer = GSPN2Layer(8, 8, GSPN2Config(proxy_dim=8, decay=True))
+    teacher_init(layer, torch.eye(8), torch.eye(8))
+    middle = lambda side: layer(torch.ones(1, side * side, 8), side, side)[0, side * side // 2 + side // 2]  # noqa: E731
+    torch.testing.assert_close(middle(64), torch.ones(8), rtol=0, atol=1e-3)
+    far = torch.zeros(1, 64, 64, 8)
+    far[:, 32, 0] = 1
+    mixed = layer(far.flatten(1, 2), 64, 64).view(64, 64, 8)
+    assert mixed[32, 1].min() > 1e3 * mixed[32, 40].max()
+
+
 def test_init_leaves_the_global_generator_alone():
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -155,6 +171,7 @@ def test_init_leaves_the_global_generator_alone():
         ({"directions": ("right", "right")}, ValueError),
         ({"directions": ("diagonal",)}, ValueError),
         ({"segment": 0}, ValueError),
+        ({"decay": 0.5}, TypeError),
         ({"merge": "mean"}, ValueError),
         ({"normalizer": "relu"}, ValueError),
         ({"gates": "none"}, ValueError),

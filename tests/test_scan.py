@@ -12,7 +12,7 @@ from .scan_cases import CASES, TOLERANCE, Case, assert_close, gradients, make_in
 ALL = ("right", "left", "down", "up")
 
 
-def oracle(x, lam, u, logits, directions, normalizer, segment, merge):
+def oracle(x, lam, u, logits, directions, normalizer, segment, merge, decay):
     """The definition with nested lists and scalar arithmetic: shares no tensor operation with the implementations."""
     B, H, W, D = x.shape
     K, G = logits.shape[3:5]
@@ -34,8 +34,9 @@ def oracle(x, lam, u, logits, directions, normalizer, segment, merge):
                         r, q = (j, line) if direction in ("right", "left") else (line, j)
                         taps = [t for t in range(3) if 0 <= j + t - 1 < m]
                         scores = {t: score(Z[b][r][q][k][c // (D // G)][t]) for t in taps}
-                        h = X[b][r][q][c] * (LAM[b][r][q][k][c] if LAM else 1.0)
-                        h += sum(scores[t] / sum(scores.values()) * previous[j + t - 1] for t in taps)
+                        share = LAM[b][r][q][k][c] if LAM else 1.0
+                        carried = sum(scores[t] / sum(scores.values()) * previous[j + t - 1] for t in taps)
+                        h = share * X[b][r][q][c] + (1 - share if decay else 1.0) * carried
                         current.append(h)
                         y[b, r, q, k, c] = h * (U[b][r][q][k][c] if U else 1.0)
                     previous = current
@@ -46,9 +47,9 @@ def oracle(x, lam, u, logits, directions, normalizer, segment, merge):
 @pytest.mark.parametrize(
     ("H", "W", "D", "G", "segment"), [(1, 1, 1, 1, None), (3, 5, 4, 2, 2), (6, 2, 3, 3, None), (1, 7, 2, 1, 3)]
 )
-@pytest.mark.parametrize("merge", ["concat", "sum"])
-def test_reference_matches_oracle(H, W, D, G, segment, normalizer, merge):
-    case = Case(2, H, W, D, G, segment=segment, normalizer=normalizer, merge=merge)
+@pytest.mark.parametrize(("merge", "decay"), [("concat", False), ("sum", False), ("concat", True)])
+def test_reference_matches_oracle(H, W, D, G, segment, normalizer, merge, decay):
+    case = Case(2, H, W, D, G, segment=segment, normalizer=normalizer, merge=merge, decay=decay)
     inputs = make_inputs(case, torch.float64)
     torch.testing.assert_close(gspn2_scan_reference(*inputs, **case.options), oracle(*inputs, *case.options.values()))
 
@@ -99,6 +100,23 @@ def test_rows_sum_to_one_and_state_grows_linearly(normalizer, scale):
     assert (bounded[0].abs() <= expected[..., None] + 1e-5).all()
 
 
+@pytest.mark.parametrize("normalizer", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("scale", [1, 1000])
+def test_a_decaying_state_never_exceeds_the_largest_value(normalizer, scale):
+    """Each state is lam x + (1 - lam) (a mean of states): a mean of values seen. Over 200 lines; y is the state."""
+    generator = torch.Generator().manual_seed(0)
+    H, W = 5, 200
+    logits = torch.randn(1, H, W, 4, 2, 3, generator=generator) * scale
+    x = torch.rand(1, H, W, 4, generator=generator) * 2 - 1
+    lam = torch.rand(1, H, W, 4, 4, generator=generator)
+    y = gspn2_scan(x, lam, None, logits, normalizer=normalizer, decay=True)
+    assert (y.abs().amax((1, 2, 3)) <= x.abs().amax((1, 2)) + 1e-6).all()
+    ones = gspn2_scan(torch.ones_like(x), lam, None, logits, normalizer=normalizer, decay=True)
+    assert (ones <= 1 + 1e-6).all() and (ones[:, :, -20:, 0] > 0.999).all(), "a mean of ones is one"
+    loud = gspn2_scan(torch.ones_like(x), lam, None, logits, normalizer=normalizer)
+    assert loud.max() > 50, "without decay the same input grows with the lines"
+
+
 def test_segment_longer_than_the_map_is_the_global_scan():
     inputs = make_inputs(Case(1, 5, 4, 2), torch.float32)
     torch.testing.assert_close(gspn2_scan(*inputs, segment=99), gspn2_scan(*inputs), rtol=0, atol=0)
@@ -110,19 +128,30 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize(
-    "case", [Case(1, 3, 4, 4, 2, segment=2), Case(1, 2, 2, 2, normalizer="softmax", merge="sum")], ids=str
+    "case",
+    [
+        Case(1, 3, 4, 4, 2, segment=2),
+        Case(1, 2, 2, 2, normalizer="softmax", merge="sum"),
+        Case(1, 3, 4, 4, 2, decay=True),
+        Case(1, 4, 3, 2, segment=2, gates="shared", merge="sum", decay=True),
+    ],
+    ids=str,
 )
 def test_gradcheck(case):
     inputs = make_inputs(case, torch.float64)
     assert torch.autograd.gradcheck(lambda *t: gspn2_scan(*t, **case.options), inputs)
 
 
-@pytest.mark.parametrize("case", [Case(2, 3, 4, 4, 2), Case(1, 4, 3, 2, gates="none", merge="sum")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(2, 3, 4, 4, 2), Case(1, 4, 3, 2, gates="none", merge="sum"), Case(1, 3, 4, 4, decay=True)],
+    ids=str,
+)
 def test_opcheck(case):
     x, lam, u, logits = make_inputs(case, torch.float32)
     directions = [ALL.index(d) for d in case.directions]
     torch.library.opcheck(
-        torch.ops.gspn2.scan.default, (x, lam, u, logits, directions, False, 0, case.merge == "sum", True)
+        torch.ops.gspn2.scan.default, (x, lam, u, logits, directions, False, 0, case.merge == "sum", True, case.decay)
     )
 
 
@@ -167,6 +196,8 @@ BAD = {
     "direction-string": (dict(directions="right"), TypeError, "pass a tuple"),
     "normalizer": (dict(normalizer="tanh"), ValueError, "`normalizer` is 'tanh'"),
     "merge": (dict(merge="mean"), ValueError, "`merge` is 'mean'"),
+    "decay-without-lam": (dict(decay=True), ValueError, "`decay` is True and `lam` None"),
+    "decay-number": (dict(decay=0.5), TypeError, "`decay` is 0.5"),
     "segment-zero": (dict(segment=0), ValueError, "`segment` is 0"),
     "segment-float": (dict(segment=2.0), TypeError, "`segment` is a float"),
 }

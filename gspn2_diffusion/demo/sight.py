@@ -101,7 +101,14 @@ def scan_reach(layer: Layer, row: int, column: int) -> Tensor:
         x, lam, u, logits = (t.detach() for t in mixer.scan_inputs(layer.tokens, height, width))
         x.requires_grad_()
         y = gspn2_scan(
-            x, lam, u, logits, directions=config.directions, normalizer=config.normalizer, segment=config.segment
+            x,
+            lam,
+            u,
+            logits,
+            directions=config.directions,
+            normalizer=config.normalizer,
+            segment=config.segment,
+            decay=config.decay,
         )
         at_token = y[0, row, column].float().sum(-1)
         carried = [torch.autograd.grad(part, x, retain_graph=True)[0][0].float().abs() for part in at_token]

@@ -31,6 +31,8 @@ class GSPN2Config:
         directions: scan directions, some of "right", "left", "down", "up", each at most once.
         normalizer: `"sigmoid"` or `"softmax"`, how the three taps' logits become weights that sum to 1.
         segment: None for the global scan, or the number of lines after which the local scan restarts.
+        decay: the state decays by 1 - lam, with lam a sigmoid: each direction is then a weighted mean of what it has
+            passed, and never beyond its largest value, however long the lines are.
         merge: `"concat"` projects the directions' outputs side by side back to the layer's width, `"sum"` adds them
             first.
         init: `"teacher"` starts from the truncated SVD of the attention's own W_o W_v with neutral gates, `"random"`
@@ -49,6 +51,7 @@ class GSPN2Config:
     directions: tuple[str, ...] = DIRECTIONS
     normalizer: str = "sigmoid"
     segment: int | None = None
+    decay: bool = False
     merge: str = "concat"
     init: str = "teacher"
 
@@ -65,6 +68,8 @@ class GSPN2Config:
             raise ValueError(f"proxy_dim {self.proxy_dim} is not divisible by groups {self.groups}; change either.")
         _one_of("gates", self.gates, ("per_direction", "shared"))
         _one_of("normalizer", self.normalizer, ("sigmoid", "softmax"))
+        if not isinstance(self.decay, bool):
+            raise TypeError(f"decay is {self.decay!r}; pass True or False.")
         _one_of("merge", self.merge, ("concat", "sum"))
         _one_of("init", self.init, ("teacher", "random"))
         if isinstance(self.directions, str):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scan_layer import TEXT_SHARE, GSPN2Layer
+from .scan_layer import FRESH_SHARE, TEXT_SHARE, GSPN2Layer
 
 
 @torch.no_grad()
@@ -18,7 +18,8 @@ def teacher_init(layer: GSPN2Layer, value_weight: Tensor, out_weight: Tensor, va
     Softmax attention computes W_o A W_v x for a mixing matrix A. Among maps of rank D, "project down, mix, project up"
     comes closest to W_o W_v with its truncated SVD U S V^T (Eckart and Young), so x = S^1/2 V^T and the way back, seen
     through the model's own W_o, is U S^1/2. The gates start neutral: equal taps, lam = u = 1. With the layer's division
-    by the number of lines, the directions then add up to a mean along the row and the column of each pixel.
+    by the number of lines, the directions then add up to a mean along the row and the column of each pixel; where the
+    state decays, lam = 1/4 makes it a mean of the lines nearby.
 
     Args:
         layer: filled in place.
@@ -47,10 +48,14 @@ def teacher_init(layer: GSPN2Layer, value_weight: Tensor, out_weight: Tensor, va
         # A direction that W_o W_v maps to (numerically) nothing cannot carry a bias either.
         shift[singular[:rank] <= singular[0] * 1e-6] = 0
         layer.scan_in.bias[:rank] = shift.to(layer.scan_in.bias)
+    if layer.config.decay:
+        layer.scan_in.bias[x : x + lam] = math.log(FRESH_SHARE / (1 - FRESH_SHARE))
     # Each direction alone carries half a mean on average (a line sees the lines before it), hence 2 / K. Where the scan
     # restarts every s lines it is (s + 1) / 2 lines of s.
+    # A decaying state holds a whole mean but for the first lines.
     segment = layer.config.segment
-    up = up * ((2 if segment is None else 2 * segment / (segment + 1)) / directions)
+    lines = 1 if layer.config.decay else 2 if segment is None else 2 * segment / (segment + 1)
+    up = up * (lines / directions)
     if layer.text_share is not None:
         # Softmax over text and image gave the image what the text did not take.
         layer.text_share.fill_(math.log(TEXT_SHARE / (1 - TEXT_SHARE)))

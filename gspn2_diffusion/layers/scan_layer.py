@@ -15,6 +15,8 @@ from .config import GSPN2Config
 
 # Attention's own share of the text is not known without data; it is learnt for each head from here.
 TEXT_SHARE = 0.25
+# Where the state decays, each line starts as this share of the state: a mean over about four lines.
+FRESH_SHARE = 0.25
 
 
 class GSPN2Layer(nn.Module):
@@ -29,7 +31,8 @@ class GSPN2Layer(nn.Module):
 
     A scan over n lines gathers up to n lines' worth of input, because each row of its propagation matrix sums to 1.
     The layer divides each direction's output by the number of lines it runs over, so that the same weights give the
-    same scale at every resolution; the division is folded into the weight of `scan_out`.
+    same scale at every resolution; the division is folded into the weight of `scan_out`. With `decay` lam is a sigmoid
+    of its features, a direction's output is a weighted mean already, and nothing is divided.
 
     In a joint attention over text and image (SD3, Flux) the scan mixes the image tokens, and what they read from the
     text by softmax over the text alone is added with a learnt share for each head, sigmoid(`text_share`).
@@ -115,6 +118,7 @@ class GSPN2Layer(nn.Module):
             normalizer=config.normalizer,
             segment=config.segment,
             merge=config.merge,
+            decay=config.decay,
         )
         if config.merge == "concat":
             y = y.flatten(3)
@@ -138,7 +142,9 @@ class GSPN2Layer(nn.Module):
         return type(out) is nn.Linear and type(out.weight) in (nn.Parameter, Tensor) and not hooked
 
     def _lines(self, height: int, width: int) -> list[int]:
-        """The number of lines that each direction gathers over."""
+        """The number of lines that each direction gathers over: one where it takes a mean of them."""
+        if self.config.decay:
+            return [1] * len(self.config.directions)
         height = height if self.rows is None else self.rows.height
         lines = [width if direction in ("right", "left") else height for direction in self.config.directions]
         return lines if self.config.segment is None else [min(n, self.config.segment) for n in lines]
@@ -155,6 +161,9 @@ class GSPN2Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The scan's x, lam, u and logits (see `gspn2_scan`), views of one tensor."""
         features = self.scan_in(hidden_states)
+        if self.config.decay:
+            x, lam, rest = features.tensor_split((self.sizes[0], sum(self.sizes[:2])), dim=-1)
+            features = torch.cat((x, lam.sigmoid(), rest), dim=-1)
         if len(segments) > 1:
             features = on_canvas(features, segments, height)
         else:

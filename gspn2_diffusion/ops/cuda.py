@@ -214,7 +214,9 @@ def _logits_alignment(*tensors: torch.Tensor) -> int:
 
 
 @cache
-def defines(kernel: str, variant: Variant, storage: torch.dtype, logits: torch.dtype) -> tuple[str, ...]:
+def defines(
+    kernel: str, variant: Variant, storage: torch.dtype, logits: torch.dtype, decay: bool = False
+) -> tuple[str, ...]:
     """Options that compile one of gspn2.cu's kernels, FORWARD, BACKWARD or SUM_PARTIALS, for `variant`."""
     if kernel == "SUM_PARTIALS":
         choices: dict[str, object] = dict(LOGITS=STORAGE_NAMES[logits], CLUSTER=1, THREADS=256)
@@ -228,6 +230,8 @@ def defines(kernel: str, variant: Variant, storage: torch.dtype, logits: torch.d
             CLUSTER=variant.cluster,
             THREADS=largest_block(variant.sets, kernel == "BACKWARD"),
         )
+        if decay:
+            choices["DECAY"] = 1
     return (f"-DGSPN2_{kernel}", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
 
 
@@ -239,6 +243,7 @@ class _Arguments(NamedTuple):
     directions: Sequence[int]
     softmax: bool
     segment: int
+    decay: bool
 
     def work(self, aligned: int, logits_aligned: int, backward: bool) -> Work:
         B, H, W, D = self.x.shape
@@ -285,7 +290,7 @@ class _Arguments(NamedTuple):
                 1,
                 0,
             )
-        chosen = defines(kernel, variant, self.x.dtype, self.logits.dtype)
+        chosen = defines(kernel, variant, self.x.dtype, self.logits.dtype, self.decay)
         packed_params = np.frombuffer(params, _PARAMS_DTYPE)
         return Launch(f"gspn2_{kernel.lower()}", chosen, packed_params, grid, block, cluster, shared)
 
@@ -300,6 +305,7 @@ def scan_forward(
     segment: int,
     merge_sum: bool,
     save_state: bool,
+    decay: bool = False,
     *,
     device: Device | None = None,
     execute: Callable[[Launch], None] | None = None,
@@ -309,7 +315,7 @@ def scan_forward(
     y = x.new_empty(B, H, W, len(directions), D)
     state = x.new_empty(y.shape if save_state else (0,))
     if B:
-        arguments = _Arguments(x, lam, u, logits, directions, softmax, segment)
+        arguments = _Arguments(x, lam, u, logits, directions, softmax, segment, decay)
         work = arguments.work(_alignment(x, lam, u, y), _logits_alignment(logits), backward=False)
         variant = choose(work, device or device_limits(x.device.index))
         saved = state if save_state else None
@@ -328,6 +334,7 @@ def scan_backward(
     softmax: bool,
     segment: int,
     merge_sum: bool,
+    decay: bool = False,
     *,
     device: Device | None = None,
     execute: Callable[[Launch], None] | None = None,
@@ -342,7 +349,7 @@ def scan_backward(
     grad_lam, grad_u = (x.new_empty((0,) if t is None else each) for t in (lam, u))
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if x.shape[0]:
-        arguments = _Arguments(x, lam, u, logits, directions, softmax, segment)
+        arguments = _Arguments(x, lam, u, logits, directions, softmax, segment, decay)
         aligned = _alignment(x, lam, u, grad_y, saved, grad_x)
         work = arguments.work(aligned, _logits_alignment(logits, grad_logits), backward=True)
         variant = choose(work, device or device_limits(x.device.index))

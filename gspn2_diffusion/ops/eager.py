@@ -100,6 +100,22 @@ def _propagate(state: torch.Tensor, w: torch.Tensor, transposed: bool) -> None:
             low[i].addcmul_(above[i], high[i - 1])
 
 
+def _decayed(w: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Weights (n, R, B, m, G, 3) times 1 - share (n, R, B, m, D): each channel its own, (n, R, B, m, D, 3)."""
+    return w.repeat_interleave(share.shape[4] // w.shape[4], dim=4) * (1 - share).unsqueeze(-1)
+
+
+def _carried(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The sum over the taps of w[i] h[i-1], as h (n, R, B, m, D)."""
+    n, R, B, m, D = h.shape
+    before = h.new_zeros(n, R, B, m + 2, w.shape[4], D // w.shape[4])
+    before[1:, :, :, 1:-1] = h.view(n, R, B, m, w.shape[4], -1)[:-1]
+    carried = torch.zeros_like(before[:, :, :, 1:-1])
+    for t in range(3):
+        carried.addcmul_(w[..., t : t + 1], before[:, :, :, t : t + m])
+    return carried.reshape(h.shape)
+
+
 def _accumulation_type(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -114,6 +130,7 @@ def scan_forward(
     segment: int,
     merge_sum: bool,
     save_state: bool,
+    decay: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, and the state (B, H, W, K, D) if `save_state` (else no elements). `segment` 0 is the global scan."""
     dtype = _accumulation_type(x)
@@ -123,9 +140,12 @@ def scan_forward(
     saved = x.new_empty((B, H, W, K, D) if save_state else (0,))
     for block in _blocks(H, W, directions):
         state = _to_lines(x.unsqueeze(3), block, dtype)
+        w = _weights(_to_lines(logits, block, dtype), softmax, segment)
         if lam is not None:
-            state *= _to_lines(lam, block, dtype)
-        _propagate(state, _weights(_to_lines(logits, block, dtype), softmax, segment), transposed=False)
+            share = _to_lines(lam, block, dtype)
+            state *= share
+            w = _decayed(w, share) if decay else w
+        _propagate(state, w, transposed=False)
         if save_state:
             _from_lines(state, block, saved)
         if u is not None:
@@ -145,6 +165,7 @@ def scan_backward(
     softmax: bool,
     segment: int,
     merge_sum: bool,
+    decay: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, lam, u, logits, in their shapes and types (no elements where the argument is None)."""
     dtype = _accumulation_type(x)
@@ -164,10 +185,16 @@ def scan_backward(
         if u is not None:
             _add_lines(g * h, block, grad_u)
             g *= _to_lines(u, block, dtype)
-        _propagate(g, w, transposed=True)
+        share = None if lam is None else _to_lines(lam, block, dtype)
+        into = g  # what reaches the sum over the taps
+        if decay and share is not None:
+            _propagate(g, _decayed(w, share), transposed=True)
+            into = g * (1 - share)
+        else:
+            _propagate(g, w, transposed=True)
 
         grouped = (block.n, len(block.places), B, block.m, G, D // G)
-        g_lines, h_lines = g.view(grouped), h.view(grouped)
+        g_lines, h_lines = into.view(grouped), h.view(grouped)
         grad_w = torch.zeros_like(w)
         grad_w[1:, ..., 1] = (g_lines[1:] * h_lines[:-1]).sum(-1)
         grad_w[1:, :, :, 1:, :, 0] = (g_lines[1:, :, :, 1:] * h_lines[:-1, :, :, :-1]).sum(-1)
@@ -177,9 +204,10 @@ def scan_backward(
             grad_raw *= torch.sigmoid(-raw)
         _from_lines(grad_raw, block, grad_logits)
 
-        if lam is None:
+        if share is None:
             _add_lines(g, block, grad_x)
         else:
-            _add_lines(g * _to_lines(lam, block, dtype), block, grad_x)
-            _add_lines(g * _to_lines(x.unsqueeze(3), block, dtype), block, grad_lam)
+            _add_lines(g * share, block, grad_x)
+            fresh = _to_lines(x.unsqueeze(3), block, dtype)
+            _add_lines(g * (fresh - _carried(h, w) if decay else fresh), block, grad_lam)
     return grad_x.squeeze(3).to(x.dtype), grad_lam.to(x.dtype), grad_u.to(x.dtype), grad_logits.to(logits.dtype)

@@ -30,13 +30,14 @@ def gspn2_scan_reference(
     normalizer: str = "sigmoid",
     segment: int | None = None,
     merge: str = "concat",
+    decay: bool = False,
 ) -> torch.Tensor:
     """Same arguments and result as `gspn2_scan`; differentiable by autograd on any device, in float64 too.
 
-    h[i, j] = lam[i, j] x[i, j] + sum over t in (-1, 0, 1) of w[i, j, t] h[i-1, j+t], y = u h, each line i computed from
-    the line before it. State in float32, or float64 for float64 inputs.
+    h[i, j] = lam[i, j] x[i, j] + sum over t in (-1, 0, 1) of w[i, j, t] h[i-1, j+t], the sum times 1 - lam[i, j] with
+    `decay`; y = u h. Each line i is computed from the line before it. State in float32, or float64 for float64 inputs.
     """
-    check_inputs(x, lam, u, logits, ScanOptions(directions, normalizer, segment, merge))
+    check_inputs(x, lam, u, logits, ScanOptions(directions, normalizer, segment, merge, decay))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     B, H, W, D = x.shape
     G = logits.shape[-2]
@@ -55,10 +56,11 @@ def gspn2_scan_reference(
             w = w.repeat_interleave(D // G, dim=2)  # (B, m, D, 3)
             neighbours = F.pad(previous, (0, 0, 1, 1))  # (B, m + 2, D)
             h = x.select(line_dim, line).to(dtype)
+            carried = w[..., 0] * neighbours[:, :-2] + w[..., 1] * previous + w[..., 2] * neighbours[:, 2:]
             if gate[0] is not None:
-                h = h * gate[0].select(line_dim, line)
-            for t in range(3):
-                h = h + w[..., t] * neighbours[:, t : t + m]
+                share = gate[0].select(line_dim, line)
+                h, carried = h * share, carried * (1 - share) if decay else carried
+            h = h + carried
             lines[line] = h if gate[1] is None else h * gate[1].select(line_dim, line)
             previous = h
         outputs.append(torch.stack([line for line in lines if line is not None], dim=line_dim))

@@ -19,17 +19,18 @@ _OPTIONS = "int[] directions, bool softmax, int segment, bool merge_sum"
 @torch.library.custom_op(
     "gspn2::scan",
     mutates_args=(),
-    schema=f"(Tensor x, Tensor? lam, Tensor? u, Tensor logits, {_OPTIONS}, bool save_state) -> (Tensor, Tensor)",
+    schema=f"(Tensor x, Tensor? lam, Tensor? u, Tensor logits, {_OPTIONS}, bool save_state, bool decay=False)"
+    " -> (Tensor, Tensor)",
 )
-def _scan(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state):
+def _scan(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state, decay=False):
     if x.is_cuda and x.dtype != torch.float64:
         with torch.cuda.device(x.device):
-            return cuda.scan_forward(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state)
-    return eager.scan_forward(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state)
+            return cuda.scan_forward(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state, decay)
+    return eager.scan_forward(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state, decay)
 
 
 @_scan.register_fake
-def _(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state):
+def _(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state, decay=False):
     B, H, W, D = x.shape
     state = (B, H, W, len(directions), D)
     return x.new_empty((B, H, W, D) if merge_sum else state), x.new_empty(state if save_state else (0,))
@@ -38,28 +39,28 @@ def _(x, lam, u, logits, directions, softmax, segment, merge_sum, save_state):
 @torch.library.custom_op(
     "gspn2::scan_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_y, Tensor saved, Tensor x, Tensor? lam, Tensor? u, Tensor logits, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_y, Tensor saved, Tensor x, Tensor? lam, Tensor? u, Tensor logits, {_OPTIONS},"
+    " bool decay=False) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum):
+def _scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum, decay=False):
     if x.is_cuda and x.dtype != torch.float64:
         with torch.cuda.device(x.device):
-            return cuda.scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum)
-    return eager.scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum)
+            return cuda.scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum, decay)
+    return eager.scan_backward(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum, decay)
 
 
 @_scan_backward.register_fake
-def _(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum):
+def _(grad_y, saved, x, lam, u, logits, directions, softmax, segment, merge_sum, decay=False):
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, lam, u, logits))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, lam, u, logits, directions, softmax, segment, merge_sum, save_state = inputs
+    x, lam, u, logits, directions, softmax, segment, merge_sum, save_state, decay = inputs
     y, saved = output
     y_is_state = u is None and not merge_sum
     ctx.has_state = save_state or y_is_state
     ctx.save_for_backward(y if y_is_state else saved, x, lam, u, logits)
-    ctx.options = directions, softmax, segment, merge_sum
+    ctx.options = directions, softmax, segment, merge_sum, decay
 
 
 def _backward(ctx: Any, grad_y: torch.Tensor, _grad_saved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -67,7 +68,7 @@ def _backward(ctx: Any, grad_y: torch.Tensor, _grad_saved: torch.Tensor | None) 
         raise RuntimeError("gspn2::scan ran with save_state=False, so it has no gradient; call it through gspn2_scan.")
     saved, x, lam, u, logits = ctx.saved_tensors
     grad_x, grad_lam, grad_u, grad_logits = _scan_backward(grad_y, saved, x, lam, u, logits, *ctx.options)
-    return (grad_x, None if lam is None else grad_lam, None if u is None else grad_u, grad_logits, *[None] * 5)
+    return (grad_x, None if lam is None else grad_lam, None if u is None else grad_u, grad_logits, *[None] * 6)
 
 
 torch.library.register_autograd("gspn2::scan", _backward, setup_context=_setup_context)
@@ -83,6 +84,7 @@ def gspn2_scan(
     normalizer: str = "sigmoid",
     segment: int | None = None,
     merge: str = "concat",
+    decay: bool = False,
 ) -> torch.Tensor:
     """Scan a channels-last map line by line in up to four directions (GSPN-2, arXiv 2512.07884).
 
@@ -107,6 +109,9 @@ def gspn2_scan(
         normalizer: "sigmoid" (each tap's sigmoid over their sum, as in GSPN) or "softmax".
         segment: the scan restarts every `segment` lines, in scan order (GSPN-local); None scans the whole map.
         merge: "concat" keeps the directions apart, "sum" adds them.
+        decay: the state before is multiplied by 1 - lam, h = lam x + (1 - lam) sum of w h: with lam in [0, 1] a
+            weighted mean of what was scanned, never beyond the largest |x|. Without it a scan over n lines can gather
+            n times that. Needs `lam`.
 
     Any strides are accepted as long as, on CUDA, the last dimension is contiguous.
 
@@ -116,9 +121,9 @@ def gspn2_scan(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
     """
-    check_inputs(x, lam, u, logits, ScanOptions(directions, normalizer, segment, merge))
+    check_inputs(x, lam, u, logits, ScanOptions(directions, normalizer, segment, merge, decay))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lam, u, logits))
     merge_sum = merge == "sum"
     save_state = needs_grad and (merge_sum or u is not None)
     indices = [DIRECTIONS.index(d) for d in directions]
-    return _scan(x, lam, u, logits, indices, normalizer == "softmax", segment or 0, merge_sum, save_state)[0]
+    return _scan(x, lam, u, logits, indices, normalizer == "softmax", segment or 0, merge_sum, save_state, decay)[0]

@@ -15,10 +15,11 @@ class ScanOptions(NamedTuple):
     normalizer: str
     segment: int | None
     merge: str
+    decay: bool = False
 
 
 def check_options(options: ScanOptions) -> None:
-    directions, normalizer, segment, merge = options
+    directions, normalizer, segment, merge, decay = options
     if isinstance(directions, str) or not isinstance(directions, (tuple, list)):
         raise TypeError(f"`directions` is {directions!r}; pass a tuple of names out of {DIRECTIONS}.")
     if not directions or len(set(directions)) != len(directions) or not set(directions) <= set(DIRECTIONS):
@@ -29,6 +30,8 @@ def check_options(options: ScanOptions) -> None:
         raise ValueError(f"`normalizer` is {normalizer!r}; pass one of {NORMALIZERS}.")
     if merge not in MERGES:
         raise ValueError(f"`merge` is {merge!r}; pass one of {MERGES}.")
+    if not isinstance(decay, bool):
+        raise TypeError(f"`decay` is {decay!r}; pass True or False.")
     if segment is not None and (isinstance(segment, bool) or not isinstance(segment, int)):
         raise TypeError(f"`segment` is a {type(segment).__name__}; pass a number of lines (int) or None.")
     if segment is not None and segment < 1:
@@ -58,6 +61,8 @@ def check_inputs(
     _check_tensor("x", x, x, STORAGE_TYPES)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"`x` has shape {tuple(x.shape)}; pass (B, H, W, D) with H, W and D at least 1.")
+    if options.decay and lam is None:
+        raise ValueError("`decay` is True and `lam` None, a state that keeps nothing; pass `lam`, from 0 to 1.")
     B, H, W, D = x.shape
     K = len(options.directions)
     for name, gate in (("lam", lam), ("u", u)):

@@ -27,6 +27,7 @@ def sharded_gspn2_scan(
     normalizer: str = "sigmoid",
     segment: int | None = None,
     merge: str = "concat",
+    decay: bool = False,
 ) -> Tensor:
     """`gspn2_scan` of a map whose rows are spread over the ranks of a group. A collective: every rank calls it.
 
@@ -40,7 +41,7 @@ def sharded_gspn2_scan(
         logits: (B, h, W, K, G, 3).
         heights: rows of each rank; `heights[rank]` is h. See `row_heights`.
         group: the process group, None for the default one.
-        directions, normalizer, segment, merge: as in `gspn2_scan`; `segment` counts lines of the whole map.
+        directions, normalizer, segment, merge, decay: as in `gspn2_scan`; `segment` counts lines of the whole map.
 
     Returns:
         (B, h, W, K, D), or (B, h, W, D) with merge "sum": this rank's rows.
@@ -55,7 +56,17 @@ def sharded_gspn2_scan(
     if x.ndim != 4 or x.shape[1] != heights[rank]:
         raise ValueError(f"`x` has shape {tuple(x.shape)} on rank {rank}; pass (B, {heights[rank]}, W, D).")
     if ranks == 1:
-        return gspn2_scan(x, lam, u, logits, directions=directions, normalizer=normalizer, segment=segment, merge=merge)
+        return gspn2_scan(
+            x,
+            lam,
+            u,
+            logits,
+            directions=directions,
+            normalizer=normalizer,
+            segment=segment,
+            merge=merge,
+            decay=decay,
+        )
     batch, own, width, channels = x.shape
     groups = logits.shape[4]
     slices = channel_slices(channels, groups, ranks)
@@ -74,6 +85,7 @@ def sharded_gspn2_scan(
         directions=directions,
         normalizer=normalizer,
         segment=segment,
+        decay=decay,
     )
     shapes = [(batch, own, width, len(directions), len(g) * len(c)) for g, c in slices]
     parts = all_to_all(state.split(heights, dim=1), shapes, group)

@@ -45,6 +45,7 @@ class TrainingArguments:
     normalizer: Literal["sigmoid", "softmax"] = _help("How the three taps' logits become weights.", "sigmoid")
     merge: Literal["concat", "sum"] = _help("How the directions are merged.", "concat")
     segment: int | None = _help("Restart the scan every so many lines; default: global scan.")
+    decay: bool = _help("Let the scan's state decay by 1 - lam, so that it stays bounded.", False)
     layers: str | None = _help("Shell pattern of the self-attentions to replace; default: all.")
     min_side: int = _help("Replace only self-attentions whose map has at least so many tokens on its smaller side.", 0)
     control: Literal["none"] | None = _help(
@@ -188,6 +189,7 @@ class TrainingArguments:
             "normalizer",
             "merge",
             "segment",
+            "decay",
             "layers",
             "min_side",
             "control",
@@ -222,6 +224,7 @@ class TrainingArguments:
             normalizer=self.normalizer,
             merge=self.merge,
             segment=1 if self.control == "none" else self.segment,
+            decay=self.decay,
             layers=self.layers,
             min_side=self.min_side,
             init=self.init,
