@@ -1,10 +1,12 @@
 """Time and memory of one denoising call: attention, GSPN-2, and no self-attention at all (the floor).
 
-    python benchmarks/families.py                                   # everything, on the first CUDA device
-    python benchmarks/families.py --models sd15 sdxl --sizes 1024 --csv families.csv
+    python benchmarks/families.py --minutes 3 --csv families.csv    # everything, on the first CUDA device
+    python benchmarks/families.py --models sd15 sdxl --sizes 1024
 
-Models have their published configurations and random weights; no file is downloaded. Each figure is the median over
-`--repeats` calls after `--warmup` calls, by CUDA events, without gradients.
+Models have their published configurations and random weights, drawn on the device; no file is downloaded. A time is the
+median over calls by CUDA events, without gradients, up to `--graph_up_to` pixels as a CUDA graph where the model's call
+can be one; memory is the peak of an eager call, weights included. Rows go to the CSV as they come. `--device cpu
+--depth 1 --sizes 64 128` tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
+import platform
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,68 +29,31 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gspn2_diffusion import apply_gspn2, remove_gspn2
+from benchmarks.family_calls import random_call
+from benchmarks.sdxl import SDXL, capture
+from gspn2_diffusion import GSPN2Config, apply_gspn2, fuse_gspn2, remove_gspn2
 from gspn2_diffusion.patching.families import FAMILIES
 
-MODES = ("attention", "gspn2", "none")
-COLUMNS = ("model", "size", "batch", "mode", "ms", "times_none", "peak_gib")
+# The slow one last, so that a run that is out of time has the others.
+MODES = ("gspn2", "none", "attention")
+COLUMNS = ("device", "torch", "date", "model", "pixels", "batch", "mode", "ms", "gib", "calls", "graph", "error")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A published configuration and its call at a size in pixels."""
+    """A published configuration.
+
+    Args:
+        name: the diffusers class.
+        config: its arguments.
+        text: tokens of a prompt, as the pipeline pads it.
+        pixels_per_token: pixels along a side for each token of the finest map.
+    """
 
     name: str
     config: dict[str, Any]
-    inputs: Callable[[int, int, Callable[..., torch.Tensor]], dict[str, Any]]
-
-
-def unet_inputs(width: int, **conditions: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
-    def inputs(size: int, batch: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
-        call: dict[str, Any] = {
-            "sample": noise(batch, 4, size // 8, size // 8),
-            "timestep": torch.tensor(500, device=noise(1).device),
-            "encoder_hidden_states": noise(batch, 77, width),
-        }
-        if conditions:
-            call["added_cond_kwargs"] = {key: noise(batch, *shape) for key, shape in conditions.items()}
-        return call
-
-    return inputs
-
-
-def pixart_inputs(size: int, batch: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(batch, 4, size // 8, size // 8),
-        "encoder_hidden_states": noise(batch, 300, 4096),
-        "timestep": torch.full((batch,), 500, device=noise(1).device),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def sd3_inputs(size: int, batch: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
-    return {
-        "hidden_states": noise(batch, 16, size // 8, size // 8),
-        "encoder_hidden_states": noise(batch, 333, 4096),
-        "pooled_projections": noise(batch, 2048),
-        "timestep": torch.full((batch,), 500, device=noise(1).device),
-    }
-
-
-def flux_inputs(size: int, batch: int, noise: Callable[..., torch.Tensor]) -> dict[str, Any]:
-    side, device = size // 16, noise(1).device
-    ids = torch.zeros(side, side, 3, device=device)
-    ids[..., 1] += torch.arange(side, device=device)[:, None]
-    ids[..., 2] += torch.arange(side, device=device)[None]
-    return {
-        "hidden_states": noise(batch, side * side, 64),
-        "encoder_hidden_states": noise(batch, 512, 4096),
-        "pooled_projections": noise(batch, 768),
-        "timestep": torch.full((batch,), 0.5, device=device, dtype=noise(1).dtype),
-        "guidance": torch.full((batch,), 3.5, device=device, dtype=noise(1).dtype),
-        "img_ids": ids.flatten(0, 1),
-        "txt_ids": torch.zeros(512, 3, device=device),
-    }
+    text: int = 77
+    pixels_per_token: int = 8
 
 
 SD3 = dict(
@@ -113,26 +81,8 @@ MODELS = {
             cross_attention_dim=768,
             attention_head_dim=8,
         ),
-        unet_inputs(768),
     ),
-    "sdxl": Model(
-        "UNet2DConditionModel",
-        dict(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
-        unet_inputs(2048, text_embeds=(1280,), time_ids=(6,)),
-    ),
+    "sdxl": Model("UNet2DConditionModel", SDXL),
     "pixart-sigma": Model(
         "PixArtTransformer2DModel",
         dict(
@@ -148,14 +98,16 @@ MODELS = {
             interpolation_scale=2,
             use_additional_conditions=False,
         ),
-        pixart_inputs,
+        text=300,
+        pixels_per_token=16,
     ),
     # Published with 192 positions a side, which ends at 3072 px; the table of sines costs nothing.
-    "sd3-medium": Model("SD3Transformer2DModel", dict(**SD3, pos_embed_max_size=256), sd3_inputs),
+    "sd3-medium": Model("SD3Transformer2DModel", dict(**SD3, pos_embed_max_size=256), text=333, pixels_per_token=16),
     "sd3.5-medium": Model(
         "SD3Transformer2DModel",
         dict(**SD3, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
-        sd3_inputs,
+        text=333,
+        pixels_per_token=16,
     ),
     "flux-dev": Model(
         "FluxTransformer2DModel",
@@ -169,7 +121,8 @@ MODELS = {
             pooled_projection_dim=768,
             guidance_embeds=True,
         ),
-        flux_inputs,
+        text=512,
+        pixels_per_token=16,
     ),
 }
 
@@ -186,9 +139,12 @@ class Nothing:
 def build(model: Model, depth: int | None, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with random weights, made on the device in its type; `depth` limits the number of blocks."""
     config = dict(model.config)
-    for key in ("num_layers", "num_single_layers"):
-        if depth is not None and key in config:
-            config[key] = min(depth, config[key])
+    if depth is not None:
+        for key in ("num_layers", "num_single_layers"):
+            if key in config:
+                config[key] = min(depth, config[key])
+        if "transformer_layers_per_block" in config:
+            config["transformer_layers_per_block"] = [min(depth, n) for n in config["transformer_layers_per_block"]]
     if "dual_attention_layers" in config:
         config["dual_attention_layers"] = tuple(i for i in config["dual_attention_layers"] if i < config["num_layers"])
     torch.manual_seed(0)
@@ -201,27 +157,98 @@ def build(model: Model, depth: int | None, device: torch.device, dtype: torch.dt
         torch.set_default_dtype(default)
 
 
-def take_attention_out(model: Any) -> None:
-    for site in FAMILIES[type(model).__name__].find_sites(model):
-        model.get_submodule(site.name).set_processor(Nothing())
+def sites_of(model: Any) -> list[Any]:
+    return list(FAMILIES[type(model).__name__].find_sites(model))
+
+
+def in_modes(model: Any, modes: list[str]) -> Iterator[str]:
+    """Puts the model into each of the modes in turn. The layers of GSPN-2 are gone when the others are measured."""
+    originals = {site.name: model.get_submodule(site.name).processor for site in sites_of(model)}
+    for mode in (mode for mode in MODES if mode in modes):
+        if mode == "gspn2":
+            # Random: the start from the teacher decomposes a matrix for each layer, which takes minutes here.
+            apply_gspn2(model, config=GSPN2Config(init="random"))
+            fuse_gspn2(model)
+        for name in originals if mode == "none" else ():
+            model.get_submodule(name).set_processor(Nothing())
+        yield mode
+        remove_gspn2(model)
+        for name, processor in originals.items():
+            model.get_submodule(name).set_processor(processor)
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """One call."""
+    if device.type != "cuda":
+        before = time.perf_counter()
+        call()
+        return (time.perf_counter() - before) * 1000
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def never_waits(call: Callable[[], Any]) -> bool:
+    """Whether the call leaves the device alone until its end, as a CUDA graph has to."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
 
 
 @torch.inference_mode()
-def measure(model: Any, inputs: dict[str, Any], warmup: int, repeats: int) -> tuple[float, float]:
-    """Median milliseconds and peak GiB of a call."""
-    for _ in range(warmup):
-        model(**inputs)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        model(**inputs)
-        end.record()
+def measure(
+    call: Callable[[], Any], device: torch.device, args: argparse.Namespace, graph: bool, warm: bool
+) -> dict[str, Any]:
+    """Columns of one row: ms, gib, calls, graph."""
+    cuda = device.type == "cuda"
+    if warm:
+        # Compiles kernels, chooses algorithms.
+        call()
+    if cuda:
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times), torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    first = milliseconds(call, device)
+    row: dict[str, Any] = {"gib": f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if cuda else ""}
+    graph = graph and cuda and never_waits(call)
+    replay = capture(call) if graph else call
+    taken, started = [] if graph else [first], time.monotonic()
+    while not taken or (len(taken) < args.repeats and time.monotonic() - started + taken[-1] / 1000 < args.seconds):
+        taken.append(milliseconds(replay, device))
+    return {**row, "ms": f"{statistics.median(taken):.2f}", "calls": len(taken), "graph": int(graph)}
+
+
+def table(rows: list[dict[str, Any]], sizes: list[int]) -> list[str]:
+    """Lines of Markdown: times (and how many times the floor's), memory."""
+    lines = [
+        "| model | pixels | none, ms | attention, ms | GSPN-2, ms | attention / GSPN-2 "
+        "| none, GiB | attention, GiB | GSPN-2, GiB |",
+        "|" + "---|" * 9,
+    ]
+    found = {(row["model"], row["pixels"], row["mode"]): row for row in rows}
+    for name in dict.fromkeys(row["model"] for row in rows):
+        for size in sizes:
+            of = {mode: found.get((name, size, mode), {}) for mode in MODES}
+            ms = {mode: float(row["ms"]) for mode, row in of.items() if row.get("ms")}
+            times = {
+                mode: (f"{ms[mode]:.1f}" + (f" ({ms[mode] / ms['none']:.2f} x)" if "none" in ms else ""))
+                if mode in ms
+                else of[mode].get("error", "-")
+                for mode in MODES
+            }
+            gain = f"{ms['attention'] / ms['gspn2']:.2f}" if {"attention", "gspn2"} <= set(ms) else "-"
+            memory = [of[mode].get("gib") or "-" for mode in ("none", "attention", "gspn2")]
+            floor = f"{ms['none']:.1f}" if "none" in ms else times["none"]
+            cells = [name, str(size), floor, times["attention"], times["gspn2"], gain, *memory]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def parse_args() -> argparse.Namespace:
@@ -230,65 +257,70 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096], help="side in pixels")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--depth", type=int, help="at most so many blocks of each kind, where memory asks")
+    parser.add_argument("--depth", type=int, help="at most so many blocks of each kind; named in the table")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--csv", type=Path, help="write the rows here, too")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls")
+    parser.add_argument("--seconds", type=float, default=1.0, help="fewer calls where they would take longer")
+    parser.add_argument("--graph_up_to", type=int, default=2048, help="largest side that runs as a CUDA graph")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no measurement after so long")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--csv", type=Path, default=Path("families.csv"))
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/families.py needs a CUDA device and found none; run it on a machine with a GPU.")
-    device, dtype = torch.device("cuda"), getattr(torch, arguments.dtype)
-    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    print(f"{torch.cuda.get_device_name()}, {arguments.dtype}, {versions}")
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    rows = []
-    generator = torch.Generator(device).manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    for name in arguments.models:
-        model = build(MODELS[name], arguments.depth, device, dtype)
-        for size in arguments.sizes:
-            inputs = MODELS[name].inputs(size, arguments.batch, noise)
-            floor = None
-            # The floor first, so that the others can be given as multiples of it.
-            for mode in sorted(arguments.modes, key=MODES.index, reverse=True):
-                original = {site.name: model.get_submodule(site.name).processor for site in sites_of(model)}
-                if mode == "gspn2":
-                    apply_gspn2(model)
-                elif mode == "none":
-                    take_attention_out(model)
-                try:
-                    ms, gib = measure(model, inputs, arguments.warmup, arguments.repeats)
-                except torch.OutOfMemoryError:
-                    ms, gib = float("nan"), float("nan")
-                remove_gspn2(model)
-                for site, processor in original.items():
-                    model.get_submodule(site).set_processor(processor)
-                floor = ms if mode == "none" else floor
-                ratio = f"{ms / floor:.2f}" if floor else ""
-                rows.append((name, size, arguments.batch, mode, f"{ms:.2f}", ratio, f"{gib:.2f}"))
-                print("| " + " | ".join(map(str, rows[-1])) + " |", flush=True)
-                gc.collect()
+def rows_of(name: str, args: argparse.Namespace, device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
+    """A row for each mode and size of a model; without a time where there was none left."""
+    dtype, published = getattr(torch, args.dtype), MODELS[name]
+    model = build(published, args.depth, device, dtype)
+    for mode in in_modes(model, args.modes):
+        last = 0.0
+        for size in args.sizes:
+            row: dict[str, Any] = {"model": name if args.depth is None else f"{name}, {args.depth} deep"}
+            row |= {"pixels": size, "mode": mode}
+            if time.monotonic() > deadline:
+                yield {**row, "error": "no time left"}
+                continue
+            try:
+                sides = (size // published.pixels_per_token,) * 2
+                inputs = random_call(model, *sides, batch=args.batch, text=published.text, device=device, dtype=dtype)
+                # Attention has nothing to compile; where it takes seconds, one call has to do.
+                warm = mode != "attention" or last < 500
+                row |= measure(partial(model, **inputs), device, args, size <= args.graph_up_to, warm)
+                last = float(row["ms"])
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            inputs = {}
+            gc.collect()
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
+            yield row
 
 
-def sites_of(model: Any) -> list[Any]:
-    return list(FAMILIES[type(model).__name__].find_sites(model))
+def main() -> None:
+    args = parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks/families.py found no CUDA device; run it on a machine with a GPU or --device cpu.")
+    deadline, device = time.monotonic() + 60 * args.minutes, torch.device(args.device)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine() + " CPU"
+    facts = {"device": where, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "batch": args.batch}
+    rows = []
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="", buffering=1) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for name in args.models:
+            if time.monotonic() > deadline:
+                print(f"{name} is left out: {args.minutes:g} minutes are over.")
+                continue
+            for row in rows_of(name, args, device, deadline):
+                rows.append(row)
+                writer.writerow({**facts, **row})
+                print(*(row[key] for key in ("model", "pixels", "mode")), row.get("ms", row.get("error")), flush=True)
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    print(f"{where}, {args.dtype}, batch {args.batch}, torch {torch.__version__}, diffusers {diffusers.__version__}")
+    print("\n".join(table(rows, args.sizes)))
 
 
 if __name__ == "__main__":

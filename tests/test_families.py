@@ -10,6 +10,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
+from benchmarks.family_calls import image_ids
 from gspn2_diffusion import GSPN2Adapter, GSPN2Config, apply_gspn2, gspn2_disabled, remove_gspn2
 from gspn2_diffusion.layers import canvas_sides
 from gspn2_diffusion.patching import patched_modules
@@ -19,7 +20,7 @@ from gspn2_diffusion.patching.processors import QWEN_USES_MASK
 
 from .test_layer import layer_in_loops
 from .test_patching import everything
-from .tiny_families import BATCH, CASES, TEXT, available, image_ids, noise
+from .tiny_families import BATCH, CASES, TEXT, available, noise
 
 RANDOM = GSPN2Config(init="random", proxy_dim=8)
 JOINT = [name for name, case in CASES.items() if FAMILIES[name] and case.text and not case.levels]
