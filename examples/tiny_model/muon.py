@@ -34,32 +34,43 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            lr = group["lr"]
-            by_shape: dict[tuple[int, int], list] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if group["muon"]:
-                    if not state:
-                        state["momentum"] = torch.zeros_like(p)
-                    buffer = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
-                    by_shape.setdefault(tuple(update.shape), []).append((p, update))
-                    continue
-                if not state:
-                    state.update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
-                state["step"] += 1
-                first, second = group["betas"]
-                state["first"].lerp_(p.grad, 1 - first)
-                state["second"].lerp_(p.grad.square(), 1 - second)
-                n = state["step"].item()
-                scale = (state["second"] / (1 - second**n)).sqrt_().add_(group["eps"])
-                p.mul_(1 - lr * group["weight_decay"]).addcdiv_(state["first"], scale, value=-lr / (1 - first**n))
-            for shape, members in by_shape.items():
-                updates = orthogonalise(torch.stack([u for _, u in members])) * (0.2 * max(shape) ** 0.5)
-                for (p, _), update in zip(members, updates, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"]).add_(update.view_as(p), alpha=-lr)
+            members = [p for p in group["params"] if p.grad is not None]
+            if not members:
+                continue
+            gradients = [p.grad for p in members]
+            updates = (self._muon if group["muon"] else self._adamw)(group, members, gradients)
+            torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(members, updates, alpha=-group["lr"])
+
+    def _muon(self, group, members, gradients) -> list[torch.Tensor]:
+        for p in members:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in members]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        nesterov = list(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, update in enumerate(nesterov):
+            by_shape.setdefault(tuple(update.flatten(1).shape), []).append(i)
+        for shape, indices in by_shape.items():
+            stacked = torch.stack([nesterov[i].flatten(1) for i in indices])
+            for i, update in zip(indices, orthogonalise(stacked) * (0.2 * max(shape) ** 0.5), strict=True):
+                nesterov[i] = update.view_as(members[i])
+        return nesterov
+
+    def _adamw(self, group, members, gradients) -> list[torch.Tensor]:
+        for p in members:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
+        states = [self.state[p] for p in members]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        n, (first, second) = states[0]["step"].item(), group["betas"]
+        firsts, seconds = [state["first"] for state in states], [state["second"] for state in states]
+        torch._foreach_lerp_(firsts, gradients, 1 - first)
+        torch._foreach_lerp_(seconds, torch._foreach_mul(gradients, gradients), 1 - second)
+        scales = torch._foreach_sqrt(torch._foreach_div(seconds, 1 - second**n))
+        torch._foreach_add_(scales, group["eps"])
+        return torch._foreach_div(torch._foreach_div(firsts, 1 - first**n), scales)
 
 
 def parameter_groups(*modules: torch.nn.Module, lr: float | list[float]) -> list[dict]:

@@ -157,9 +157,10 @@ class Run:
                     self.ema.step(self.model.parameters())
                 self.step += 1
                 bar.update()
-                log.append({"loss": loss.item(), "norm": float(norm), **figures})
+                # Kept as tensors: reading a number waits for the GPU.
+                log.append({"loss": loss.detach(), "norm": norm, **figures})
                 if self.step % self.args.log_every == 0 and self.accelerator.is_main_process:
-                    mean = {k: round(sum(entry[k] for entry in log) / len(log), 5) for k in log[0]}
+                    mean = {k: round(float(sum(entry[k] for entry in log)) / len(log), 5) for k in log[0]}
                     seconds = round(time.monotonic() - started, 1)
                     file.write(json.dumps({"step": self.step, "seconds": seconds, **mean}) + "\n")
                     file.flush()
@@ -193,7 +194,7 @@ def train_vae(args, accelerator: Accelerator) -> int:
         restored = vae.decode(posterior.sample(generator)).sample
         error = (restored.float() - x).abs().mean() + (restored.float() - x).square().mean()
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        figures = {"error": error.item(), "kl": kl.item(), "std": posterior.std.mean().item(), "size": size}
+        figures = {"error": error.detach(), "kl": kl.detach(), "std": posterior.std.mean().detach(), "size": size}
         return error + args.kl * kl, figures
 
     return run.train(loss_of)
@@ -311,7 +312,8 @@ def train_unet(args, accelerator: Accelerator) -> int:
     # The last caption is the empty one.
     tokens = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        states = torch.cat([encoder(part.to(accelerator.device))[0].cpu().half() for part in tokens.split(500)])
+        states = torch.cat([encoder(part.to(accelerator.device))[0].half() for part in tokens.split(500)])
+    latents = latents.to(accelerator.device)
     parsed = [len(parse_prompt(caption).groups) for caption in captions[: len(latents)]]
     kinds = {number: np.flatnonzero(np.array(parsed) == number) for number in (1, 2)}
     model = make_unet()
@@ -328,17 +330,18 @@ def train_unet(args, accelerator: Accelerator) -> int:
             chosen = rng.random(args.batch) < args.two_kinds
             index = np.where(chosen, rng.choice(kinds[2], args.batch), rng.choice(kinds[1], args.batch))
         index = torch.from_numpy(index)
-        x = latents[index].to(accelerator.device).float()
-        text = states[index.masked_fill(torch.from_numpy(rng.random(args.batch) < args.drop), len(captions))]
+        dropped = index.masked_fill(torch.from_numpy(rng.random(args.batch) < args.drop), len(captions))
+        x, text = latents[index.to(latents.device)].float(), states[dropped.to(states.device)].float()
         # Stratified, and denser at high noise, where the caption decides what is drawn.
         u = (torch.from_numpy(rng.permutation(args.batch)) + torch.from_numpy(rng.random(args.batch))) / args.batch
         timesteps = (u**0.75 * total).long().clamp(0, total - 1).to(accelerator.device)
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         target = scheduler.get_velocity(x, noise, timesteps)
-        predicted = forward(scheduler.add_noise(x, noise, timesteps), timesteps, text.to(x.device).float()).sample
+        predicted = forward(scheduler.add_noise(x, noise, timesteps), timesteps, text).sample
         each = (predicted.float() - target).square().mean((1, 2, 3))
         high = timesteps > 0.7 * total
-        return each.mean(), {"high_noise": each[high].mean().item(), "low_noise": each[~high].mean().item()}
+        parts = {"high_noise": high, "low_noise": ~high}
+        return each.mean(), {k: (each.detach() * part).sum() / part.sum() for k, part in parts.items()}
 
     return run.train(loss_of)
 
@@ -395,6 +398,9 @@ def main() -> None:
         )
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
