@@ -7,11 +7,15 @@ python -m gspn2_diffusion.training.report RUN OTHER_RUN --compare distances.png
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 STEM = "step-"
 
@@ -31,7 +35,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def write_report(folder: Path) -> Path:
     """Writes the report of the run in `folder` from its log and validation pictures; returns the Markdown file."""
     lines = read_log(folder)
-    _plot_run(lines, folder / "report.png")
+    if importlib.util.find_spec("matplotlib"):
+        _plot_run(lines, folder / "report.png")
+    else:
+        # A night's run must not end in an error for a missing picture.
+        logger.warning("No report.png, as matplotlib is missing; install it and run this module on %s.", folder)
     strips = stack_strips(folder / "validation")
     if strips is not None:
         strips.save(folder / "validation.png")
