@@ -1,12 +1,12 @@
 """One denoising call of SDXL's UNet (published configuration, random weights) with four token mixers in the place of
 self-attention: softmax attention, linear attention, GSPN-2, and none, which is the floor.
 
-Each command below ends within ten minutes on one H100; rows are appended to the CSV, and the plot is drawn from it.
+One UNet is made on the device and its mixers are swapped in place, so every mixer runs beside the same weights, and the
+memory of each row counts them all (about 1 GiB more than a mixer alone needs). Rows are appended to the CSV, and the
+plot is drawn from it.
 
-    python benchmarks/sdxl.py --sizes 1024 2048 4096
-    python benchmarks/sdxl.py --sizes 8192 --iterations 2
-    python benchmarks/sdxl.py --sizes 16384 --mixers gspn2 none linear --iterations 2
-    python benchmarks/sdxl.py --sizes 16384 --mixers attention --iterations 1 --warmup 0
+    python benchmarks/sdxl.py --sizes 1024 2048 4096 8192 16384 --plot sdxl.png
+    python benchmarks/sdxl.py --sizes 16384 --mixers attention --baselines_up_to 16384 --iterations 1
     python benchmarks/sdxl.py --sizes --plot sdxl.png
 """
 
@@ -16,17 +16,19 @@ import argparse
 import csv
 import platform
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gspn2_diffusion import GSPN2Config, apply_gspn2, fuse_gspn2
+from gspn2_diffusion import GSPN2Config, apply_gspn2, fuse_gspn2, gspn2_disabled
 from gspn2_diffusion.memory import memory_switches
 
 # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json.
@@ -102,22 +104,48 @@ class LinearAttention(nn.Module):
         return hidden_states
 
 
-def build(mixer: str, args: argparse.Namespace) -> UNet2DConditionModel:
-    """The UNet with its self-attentions replaced."""
+@contextmanager
+def made_in(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """New modules are made on the device and in the type at once: 2.6 billion float32 numbers on a CPU take minutes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build(args: argparse.Namespace) -> UNet2DConditionModel:
+    """The UNet with its self-attentions replaced by GSPN-2."""
     torch.manual_seed(0)
-    with torch.device(args.device):
-        unet = UNet2DConditionModel(**(TINY if args.tiny else SDXL))
-    if mixer in ("linear", "none"):
-        for name, module in list(unet.named_modules()):
-            if name.endswith(".attn1"):
-                new = LinearAttention(module).to(args.device) if mixer == "linear" else NoMixer()
-                unet.get_submodule(name.rpartition(".")[0]).attn1 = new
-    unet = unet.to(getattr(torch, args.dtype)).eval()
+    with made_in(args.device, getattr(torch, args.dtype)):
+        unet = UNet2DConditionModel(**(TINY if args.tiny else SDXL)).eval().requires_grad_(False)
+    apply_gspn2(unet, config=GSPN2Config(init="random")).requires_grad_(False)
+    if not args.unfused:
+        fuse_gspn2(unet)
+    return unet
+
+
+@contextmanager
+def mixing(unet: UNet2DConditionModel, mixer: str) -> Iterator[None]:
+    """Inside the block `mixer` stands in the place of every self-attention of what `build` made."""
     if mixer == "gspn2":
-        apply_gspn2(unet, config=GSPN2Config(init="random"))
-        if not args.unfused:
-            fuse_gspn2(unet)
-    return unet.requires_grad_(False)
+        yield
+        return
+    blocks: list[Any] = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    originals = [block.attn1 for block in blocks]
+    weight = next(unet.parameters())
+    try:
+        with gspn2_disabled(unet):
+            if mixer != "attention":
+                with made_in(str(weight.device), weight.dtype):
+                    for block, original in zip(blocks, originals, strict=True):
+                        block.attn1 = LinearAttention(original) if mixer == "linear" else NoMixer()
+            yield
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            block.attn1 = original
 
 
 def inputs(unet: UNet2DConditionModel, size: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -153,11 +181,9 @@ def capture(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def milliseconds(call: Callable[[], Any], args: argparse.Namespace) -> float:
-    """Median over the iterations."""
-    for _ in range(args.warmup):
-        call()
-    taken = []
-    for _ in range(args.iterations):
+    """Median over the iterations, as many of them as fit into `seconds` after the first call."""
+    taken: list[float] = []
+    while len(taken) < args.warmup + args.iterations and (len(taken) < 2 or sum(taken[1:]) < args.seconds * 1000):
         if args.device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -169,11 +195,12 @@ def milliseconds(call: Callable[[], Any], args: argparse.Namespace) -> float:
             before = time.perf_counter()
             call()
             taken.append((time.perf_counter() - before) * 1000)
-    return sorted(taken)[len(taken) // 2]
+    measured = taken[min(args.warmup, len(taken) // 2) :]
+    return sorted(measured)[len(measured) // 2]
 
 
 @torch.no_grad()
-def measure(mixer: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(unet: UNet2DConditionModel, mixer: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
     """One row of the CSV."""
     batch = args.batch or (2 if size <= 2048 else 1)
     graph = args.device == "cuda" and size <= args.graph_up_to
@@ -192,20 +219,28 @@ def measure(mixer: str, size: int, args: argparse.Namespace) -> dict[str, Any]:
         "graph": int(graph),
         "switches": " ".join(switches),
     }
+    output = torch.zeros(0)
+
+    def call() -> None:
+        nonlocal output
+        output = unet(**arguments)[0]
+
     try:
-        unet = build(mixer, args)
         arguments = inputs(unet, size, batch, args)
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        context: AbstractContextManager[Any] = memory_switches(unet, **switches) if switches else nullcontext()
-        with context:
-            call: Callable[[], Any] = lambda: unet(**arguments)  # noqa: E731
+        with mixing(unet, mixer), memory_switches(unet, **switches):
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             row["ms"] = round(milliseconds(capture(call) if graph else call, args), 3)
         if args.device == "cuda":
             row["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if not output.isfinite().all():
+            row["error"] = "the result is not finite"
     except torch.OutOfMemoryError as error:
         row["error"] = str(error).split(".")[0]
+    except RuntimeError as error:  # the other rows are still worth having
+        traceback.print_exc()
+        row["error"] = str(error).splitlines()[0]
     return row
 
 
@@ -253,8 +288,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="*", default=[1024], help="sides in pixels; none only tabulates")
     parser.add_argument("--mixers", nargs="+", default=["attention", "linear", "gspn2", "none"])
     parser.add_argument("--batch", type=int, default=None, help="default: 2 up to 2048 pixels, 1 above")
-    parser.add_argument("--iterations", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=5, help="calls that count")
+    parser.add_argument("--warmup", type=int, default=2, help="calls before them")
+    parser.add_argument("--seconds", type=float, default=8, help="no further call after so many seconds for a row")
+    parser.add_argument("--baselines_up_to", type=int, default=8192, help="largest side for attention and linear")
     parser.add_argument("--graph_up_to", type=int, default=2048, help="largest side that runs as a CUDA graph")
     parser.add_argument("--unfused", action="store_true", help="GSPN-2 without fuse_gspn2")
     parser.add_argument("--guidance_in_turn", action="store_true")
@@ -273,16 +310,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    started = time.perf_counter()
+    unet = build(args) if args.sizes else None
     for size in args.sizes:
         for mixer in args.mixers:
-            row = measure(mixer, size, args)
+            if mixer in ("attention", "linear") and size > args.baselines_up_to:
+                continue
+            row = measure(unet, mixer, size, args)
             new = not args.csv.exists()
             with args.csv.open("a", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS)
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
-            print(mixer, size, row.get("ms", row.get("error")), flush=True)
+            at = time.perf_counter() - started
+            print(f"{at:5.0f} s  {mixer} {size}: {row.get('ms')} ms {row.get('error', '')}", flush=True)
     with args.csv.open(newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     print("\n".join(ratios(rows)))

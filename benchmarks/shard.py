@@ -52,7 +52,7 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    unet = sdxl.build("gspn2", args)
+    unet = sdxl.build(args)
     for size in args.sizes:
         torch.manual_seed(0)
         arguments = sdxl.inputs(unet, size, 1, args)
