@@ -13,8 +13,8 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ from .ops import eager
 from .patching import apply_gspn2
 from .pipelines.gspn2_upscale import STRENGTHS, VAE_TILING_ABOVE, stage_sizes
 
-# Tokens at a time when the feed-forward is chunked: enough to fill a GPU.
-FEED_FORWARD_TOKENS = 65536
-# What may be used of a device's memory; the rest is the allocator's and the libraries'.
-USABLE = 0.9
-# Sides of the square at which operations are timed.
-CALIBRATE_AT = {"cuda": 4096, "cpu": 512}
+# What the plan assumes; everything else is counted or timed.
+FEED_FORWARD_TOKENS = 65536  # at a time when the feed-forward is chunked: enough to fill a GPU
+USABLE = 0.9  # of a device's memory; the rest is the allocator's and the libraries'
+CALIBRATE_AT = {"cuda": 4096, "cpu": 512}  # side of the square at which operations are timed
+# What the host needs to start an operation inside a model, times what it needs for the bare operation: the modules,
+# hooks and views around it. A call is never shorter than this on a GPU, however fast the device is.
+HOST_FACTOR = 2.0
+QUEUE_CYCLES = 2_000_000  # for which the device sleeps, about 1 ms, while the operations to be timed are queued
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class StagePlan:
     Args:
         height, width: pixels.
         steps: denoising calls.
-        call_seconds: one denoising call.
+        device_seconds, host_seconds: one denoising call's operations on the device, and what the host needs to start
+            them (0 on a CPU); the call takes the longer of the two.
         vae_seconds: decoding, and encoding where the stage starts from a picture.
         denoiser_bytes, vae_bytes: peak memory while each works, weights included.
         switches: arguments for `memory_switches`.
@@ -58,11 +61,17 @@ class StagePlan:
     height: int
     width: int
     steps: int
-    call_seconds: float
+    device_seconds: float
+    host_seconds: float
     vae_seconds: float
     denoiser_bytes: int
     vae_bytes: int
     switches: dict[str, Any]
+
+    @property
+    def call_seconds(self) -> float:
+        """One denoising call."""
+        return max(self.device_seconds, self.host_seconds)
 
     @property
     def seconds(self) -> float:
@@ -152,8 +161,8 @@ def plan(
 ) -> Plan:
     """Memory, time and memory switches of `GSPN2UpscalePipeline` for a picture, found without making it.
 
-    Takes UNet pipelines (Stable Diffusion, SDXL). Text encoders' and schedulers' time is not in it, nor is what
-    Python costs between operations, which shows on a GPU below about 1024 x 1024 pixels.
+    Takes UNet pipelines (Stable Diffusion, SDXL). Text encoders' and schedulers' time is not in it, nor what the host
+    does with the picture's pixels.
 
     Args:
         pipe_or_path: a pipeline, patched or not, or the folder of one, whose weights are then not loaded.
@@ -180,33 +189,31 @@ def plan(
     side = max(factor, (calibrate_at or CALIBRATE_AT.get(device.type, 512)) // factor * factor)
 
     clocks = _Clocks(device, clock)
+    room = limit - weights
+    walks: dict[tuple[int, ...], _Walk] = {}
+
+    def walk(latent: tuple[int, int]) -> _Walk:
+        if latent not in walks:
+            walks[latent] = _walk(lambda: _call_unet(unet, batch, latent, dtype), device)
+        return walks[latent]
+
     stages = []
     for index, (rows, columns) in enumerate(sizes):
         strength = 1.0 if index == 0 else strengths[min(index - 1, len(strengths) - 1)]
         latent = (rows // factor, columns // factor)
-        shrink = min(1.0, side / math.sqrt(rows * columns))
         # Whole multiples of what the UNet halves, so that the quick run does the same operations.
         unit = 2 ** (len(unet.config.down_block_types) - 1)
-        small = latent if shrink == 1 else tuple(max(unit, round(n * shrink / unit) * unit) for n in latent)
-        call = clocks.seconds(lambda at: _call_unet(unet, batch, at, dtype), latent, small)
-        decode = clocks.seconds(lambda at: _decode(vae, at, dtype), latent, small)
-        encode = clocks.seconds(lambda at: _encode(vae, at, factor, dtype), latent, small) if index else 0.0
+        small = _shrunk(latent, side / math.sqrt(rows * columns), unit)
         tiled = rows * columns > VAE_TILING_ABOVE
-        switches, denoiser_bytes = _choose_switches(unet, batch, latent, dtype, limit - weights, device)
-        with _tiling(vae, tiled):
-            vae_bytes = _peak(lambda: _decode(vae, latent, dtype), device)  # noqa: B023
-            if index:
-                vae_bytes = max(vae_bytes, _peak(lambda: _encode(vae, latent, factor, dtype), device))  # noqa: B023
-        if tiled:
-            overlap = getattr(vae, "tile_overlap_factor", 0.25)
-            decode, encode = decode / (1 - overlap) ** 2, encode / (1 - overlap) ** 2
+        switches, denoiser_bytes = _choose_switches(unet, batch, latent, dtype, room, device, walk(latent).peak)
+        vae_seconds, vae_bytes = _vae_cost(vae, latent, factor, dtype, clocks, small, tiled=tiled, encode=index > 0)
         stages.append(
             StagePlan(
                 rows,
                 columns,
                 max(1, int(num_inference_steps * strength)),
-                call,
-                decode + encode,
+                *clocks.seconds(walk(small), walk(latent)),
+                vae_seconds,
                 weights + denoiser_bytes,
                 weights + vae_bytes,
                 {**({"vae_tiling": True} if tiled else {}), **switches},
@@ -214,6 +221,14 @@ def plan(
         )
     replaced = sum(hasattr(module, "_gspn2") for module in unet.modules())
     return Plan(f"{type(unet).__name__}, {replaced} GSPN-2 layers", _device_name(device), stages, limit)
+
+
+def _shrunk(latent: tuple[int, int], scale: float, unit: int) -> tuple[int, int]:
+    """`latent` times `scale`, if that is below 1, in whole multiples of `unit`."""
+    if scale >= 1:
+        return latent
+    height, width = (max(unit, round(side * scale / unit) * unit) for side in latent)
+    return height, width
 
 
 def _load(
@@ -311,23 +326,58 @@ def _encode(vae: Any, latent: tuple[int, int], factor: int, dtype: torch.dtype) 
     return vae.encode(picture, return_dict=False)
 
 
-@contextmanager
-def _tiling(vae: Any, on: bool) -> Iterator[None]:
-    before, vae.use_tiling = vae.use_tiling, on
-    try:
-        yield
-    finally:
-        vae.use_tiling = before
+def _vae_cost(
+    vae: Any,
+    latent: tuple[int, int],
+    factor: int,
+    dtype: torch.dtype,
+    clocks: _Clocks,
+    small: tuple[int, int],
+    *,
+    tiled: bool,
+    encode: bool,
+) -> tuple[float, int]:
+    """Seconds and peak bytes of decoding a picture, and of encoding the one that its stage starts from."""
+    directions: list[tuple[Callable[[Any], Any], int]] = [(lambda at: _decode(vae, at, dtype), 3)]
+    if encode:
+        directions.append((lambda at: _encode(vae, at, factor, dtype), 2 * vae.config.latent_channels))
+    picture = 3 * math.prod(latent) * factor**2 * dtype.itemsize
+    tile = getattr(vae, "tile_latent_min_size", None)
+    seconds, peak = 0.0, 0
+    for number, (run, channels) in enumerate(directions):
+        if not tiled or tile is None or max(latent) <= tile:
+            wanted = _walk(lambda: run(latent), clocks.device)  # noqa: B023
+            timed = wanted if small == latent else _walk(lambda: run(small), clocks.device)  # noqa: B023
+            seconds, peak = seconds + max(clocks.seconds(timed, wanted)), max(peak, wanted.peak)
+            continue
+        one, sides = _walk(lambda: run((tile, tile)), clocks.device), _tile_sides(vae, latent)  # noqa: B023
+        # Every tile's result waits for the others; then the blended rows are joined twice.
+        scale = 1 if number else factor
+        kept = sum(map(math.prod, sides)) * scale**2 * channels * dtype.itemsize
+        whole = math.prod(latent) * scale**2 * channels * dtype.itemsize
+        peak = max(peak, (picture if number else 0) + kept + max(one.peak, 2 * whole))
+        seconds += max(clocks.seconds(one, one)) * sum(map(math.prod, sides)) / tile**2
+        extent = int(tile * scale * vae.tile_overlap_factor)
+        seconds += 2 * len(sides) * clocks.blend(vae, (1, channels, tile * scale, tile * scale), extent, dtype)
+    return seconds, peak
+
+
+def _tile_sides(vae: Any, latent: tuple[int, int]) -> list[tuple[int, int]]:
+    """Sides, in latents, of the tiles into which diffusers' AutoencoderKL cuts a map."""
+    size = vae.tile_latent_min_size
+    step = int(size * (1 - vae.tile_overlap_factor))
+    rows, columns = ([min(size, side - start) for start in range(0, side, step)] for side in latent)
+    return [(row, column) for row in rows for column in columns]
 
 
 def _choose_switches(
-    unet: Any, batch: int, latent: tuple[int, int], dtype: torch.dtype, room: int, device: torch.device
+    unet: Any, batch: int, latent: tuple[int, int], dtype: torch.dtype, room: int, device: torch.device, peak: int
 ) -> tuple[dict[str, Any], int]:
-    """The fewest switches, cheapest first, with which a denoising call fits into `room`, and its peak."""
+    """The fewest switches, cheapest first, with which a denoising call fits into `room`, and its peak; `peak` is that
+    without switches."""
     candidates: dict[str, Any] = {"guidance_in_turn": True} if batch > 1 else {}
     candidates |= {"feed_forward_tokens": FEED_FORWARD_TOKENS, "offload_skips": True}
     chosen: dict[str, Any] = {}
-    peak = _peak(lambda: _call_unet(unet, batch, latent, dtype), device)
     for name, value in candidates.items():
         if peak <= room:
             break
@@ -474,47 +524,53 @@ class _Clocks:
 
     def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
         self.device, self.clock = device, clock
-        self.times: dict[str, float] = {}
+        self.times: dict[str, tuple[float, float]] = {}
 
-    def seconds(self, run: Callable[[Any], Any], at: Any, small: Any) -> float:
-        """Seconds of `run(at)`, from its operations timed as they are in `run(small)`."""
-        timed = _walk(lambda: run(small), self.device).operations
-        wanted = timed if small == at else _walk(lambda: run(at), self.device).operations
-        if [op.function for op in timed] != [op.function for op in wanted]:
-            raise RuntimeError(f"The model does other operations at {small} than at {at}; calibrate at another size.")
-        return sum(
-            self.time(quick) * (op.work / quick.work if quick.work else 1.0)
-            for quick, op in zip(timed, wanted, strict=True)
-        )
+    def seconds(self, timed: _Walk, wanted: _Walk) -> tuple[float, float]:
+        """Seconds of the walk `wanted` on the device and on the host, its operations timed as they are in `timed`."""
+        if [op.function for op in timed.operations] != [op.function for op in wanted.operations]:
+            raise RuntimeError("The model does other operations at a small size; calibrate at another one.")
+        device, host = 0.0, 0.0
+        for quick, operation in zip(timed.operations, wanted.operations, strict=True):
+            on_device, on_host = self.time(quick)
+            device += on_device * (operation.work / quick.work if quick.work else 1.0)
+            host += on_host
+        return device, HOST_FACTOR * host
 
-    def time(self, operation: _Operation) -> float:
+    def time(self, operation: _Operation) -> tuple[float, float]:
         signature = operation.signature
         if signature not in self.times:
-            self.times[signature] = self._measure(operation)
+            args, kwargs = tree_map(self._fill, operation.args), tree_map(self._fill, operation.kwargs)
+            self.times[signature] = self._measure(lambda: operation.function(*args, **kwargs))
         return self.times[signature]
 
-    def _measure(self, operation: _Operation) -> float:
-        args, kwargs = tree_map(self._fill, operation.args), tree_map(self._fill, operation.kwargs)
+    def blend(self, vae: Any, shape: tuple[int, ...], extent: int, dtype: torch.dtype) -> float:
+        """Seconds in which diffusers blends the edges of two tiles, row by row."""
+        above, below = (torch.zeros(shape, device=self.device, dtype=dtype) for _ in range(2))
+        return max(self._measure(lambda: vae.blend_v(above, below, extent), repeats=1))
 
-        def run() -> None:
-            operation.function(*args, **kwargs)
-
+    def _measure(self, run: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
+        """Seconds on the device, and on the host until it is queued (0 where the host does the work)."""
         run()
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            repeats = 5
+            torch.cuda.synchronize()
+            # While the device sleeps the queue fills: gaps between launches are the host's, not the operation's.
+            torch.cuda._sleep(QUEUE_CYCLES)
             start.record()
+            before = time.perf_counter()
             for _ in range(repeats):
                 run()
+            host = time.perf_counter() - before
             end.record()
             end.synchronize()
-            return start.elapsed_time(end) / 1000 / repeats
+            return start.elapsed_time(end) / 1000 / repeats, host / repeats
         taken = []
         for _ in range(3):
             before = self.clock()
             run()
             taken.append(self.clock() - before)
-        return sorted(taken)[1]
+        return sorted(taken)[1], 0.0
 
     def _fill(self, value: Any) -> Any:
         if isinstance(value, _Spec):

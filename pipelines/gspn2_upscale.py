@@ -409,7 +409,8 @@ class _StageFolder:
         number = len(self.state["stages"]) + 1
         name = f"stage_{number}_{image.width}x{image.height}.png"
         with _replacing(self.folder / name) as temporary:
-            image.save(temporary, format="PNG")
+            # Smooth pictures are written almost twice as fast as at the default level, and a tenth larger.
+            image.save(temporary, format="PNG", compress_level=1)
             digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
         self.state["stages"].append({"file": name, "sha256": digest})
         self.write()
