@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
+from ..compiling import CompileError, compiled
 from ..loading import UserError, check_size, default_size, writable_folder
 from ..patching import gspn2_disabled
 from ..pictures import side_by_side
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=whole_number(1), help="in pixels (default: the model's)")
     parser.add_argument("--num-images", type=whole_number(1), default=1, help="pictures for each prompt")
     parser.add_argument("--compare", action="store_true", help="put attention's picture, same seed, beside GSPN-2's")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: minutes first, then faster pictures")
     parser.add_argument("--out", default="outputs", help="folder, or a .png file for a single picture")
 
 
@@ -45,8 +48,11 @@ def run(args: argparse.Namespace) -> int:
     check_size(pipe, args.height, args.width)
     height, width = args.height or default_size(pipe)[0], args.width or default_size(pipe)[1]
 
-    # Under `accelerate launch` each process takes its share of the pictures.
-    with PartialState().split_between_processes(jobs) as share:
+    with ExitStack() as stack:
+        if args.compile:
+            stack.enter_context(compiled(pipe))
+        # Under `accelerate launch` each process takes its share of the pictures.
+        share = stack.enter_context(PartialState().split_between_processes(jobs))
         for prompt, seed in share:
             parameters = {
                 "prompt": prompt,
@@ -60,12 +66,15 @@ def run(args: argparse.Namespace) -> int:
                 "adapter": None if adapter is None else str(args.adapter or "default"),
             }
             started = time.perf_counter()
-            picture = paint(pipe, parameters)
-            seconds = time.perf_counter() - started
-            if args.compare:
-                with gspn2_disabled(pipe):
-                    teacher = paint(pipe, parameters)
-                picture = side_by_side([("attention", teacher), ("GSPN-2", picture)])
+            try:
+                picture = paint(pipe, parameters)
+                seconds = time.perf_counter() - started
+                if args.compare:
+                    with gspn2_disabled(pipe):
+                        teacher = paint(pipe, parameters)
+                    picture = side_by_side([("attention", teacher), ("GSPN-2", picture)])
+            except CompileError as error:
+                raise UserError(f"{error} (leave --compile out)") from error
             path = single or folder / f"{slug(prompt)}-{seed}.png"
             save_png(picture, path, parameters)
             print(f"{path}  ({seconds:.1f} s)", flush=True)
