@@ -76,7 +76,7 @@ def load_pipeline(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, use_safetensors=True, **{DTYPE_KEY: dtype})
+        pipe = open_pipeline(path, dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"The model {model} could not be loaded: {_first_sentence(error)}") from error
     if isinstance(adapter, str) and adapter == ATTENTION:
@@ -88,6 +88,21 @@ def load_pipeline(
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"The adapter could not be applied: {_first_sentence(error)}") from error
     return pipe.to(device), loaded
+
+
+def open_pipeline(path: str | os.PathLike[str], dtype: torch.dtype, **options: Any) -> Any:
+    """diffusers' `from_pretrained`, also for a pipeline that was saved without some of its parts (SD3 without T5):
+    diffusers refuses to open it unless each of them is named.
+
+    Args:
+        path: a folder or a hub id.
+        dtype: of the weights.
+        options: `revision`, `variant`.
+    """
+    revision = {"revision": options.get("revision")} if "revision" in options else {}
+    parts = DiffusionPipeline.load_config(path, **revision)
+    absent = {name: None for name, value in parts.items() if isinstance(value, list) and value[:1] == [None]}
+    return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **{DTYPE_KEY: dtype}, **absent, **options)
 
 
 def check_size(pipe: Any, height: int | None, width: int | None) -> None:

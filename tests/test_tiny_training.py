@@ -1,11 +1,16 @@
 """The training script of the shipped model: an interrupted run goes on as if it had not been, and all stages run."""
 
+import itertools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from gspn2_diffusion.assets import tiny_scenes_path
+from gspn2_diffusion.evaluation import evaluate_pipeline, load_prompts
+from gspn2_diffusion.loading import load_pipeline
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -69,6 +74,47 @@ def test_stages_end_in_a_pipeline(monkeypatch, data, tmp_path) -> None:
     export.main()
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipe")
     assert pipe("a red circle", num_inference_steps=1, output_type="pt").images.isfinite().all()
+
+
+def test_joint_stage_ends_in_a_pipeline(monkeypatch, data, tmp_path) -> None:
+    """Stable Diffusion 3 around the shipped VAE and text encoder, in as many steps as fit, then judged by SceneEval."""
+    import export
+    import train
+
+    # A clock that ticks a second whenever it is read: two steps are timed, then a few more fit into 12 seconds.
+    monkeypatch.setattr(train, "TIMED", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.time, "monotonic", itertools.count().__next__)
+        run(patch, data, tmp_path, "--stage", "joint", "--fill", "--minutes", "0.2", "--ema", "0.9")
+    assert 2 < train.steps_done(tmp_path / "joint") < 10
+    monkeypatch.setattr(
+        sys, "argv", ["export.py", "--stage", "joint", "--run", str(tmp_path), "--out", str(tmp_path / "p")]
+    )
+    export.main()
+    pipe, _ = load_pipeline(tmp_path / "p", "none", device="cpu")
+    result = evaluate_pipeline(pipe, load_prompts(limit=2), steps=1, progress=False)
+    assert len(result.records) == 2 and result.settings["height"] == 128
+
+
+def test_the_joint_models_text_encoder_is_the_trained_one() -> None:
+    import models
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    base = tiny_scenes_path()
+    trained = CLIPTextModel.from_pretrained(base / "text_encoder").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    ids = tokenizer(["two red circles", "a ring"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = trained(ids).last_hidden_state
+        given = models.with_projection(trained)(ids, output_hidden_states=True)
+        normed = torch.nn.functional.layer_norm(
+            given.hidden_states[-2],
+            (128,),
+            *(trained.state_dict()[name] for name in trained.state_dict() if "final_layer_norm" in name),
+        )
+    torch.testing.assert_close(normed, expected)
+    ends = (ids == tokenizer.eos_token_id).int().argmax(1)
+    torch.testing.assert_close(given.text_embeds, expected[range(2), ends])
 
 
 def test_standardised_latents_decode_alike(monkeypatch, data, tmp_path) -> None:

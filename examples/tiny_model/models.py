@@ -5,8 +5,16 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from gspn2_diffusion.evaluation.vocabulary import (
     BACKGROUNDS,
@@ -124,4 +132,69 @@ def make_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
         steps_offset=1,  # unused by "trailing"; diffusers asks for it
+    )
+
+
+def make_transformer(text_width: int) -> SD3Transformer2DModel:
+    """Stable Diffusion 3's: joint attention over text and 16 x 16 image tokens, no cross-attention. Blocks start as the
+    identity (adaLN-Zero, Peebles and Xie 2023)."""
+    model = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        joint_attention_dim=2 * text_width,
+        caption_projection_dim=192,
+        pooled_projection_dim=2 * text_width,
+        pos_embed_max_size=64,
+        qk_norm="rms_norm",
+    )
+    for name, module in model.named_modules():
+        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    return model
+
+
+def with_projection(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """The same text encoder in the class that Stable Diffusion 3 takes.
+
+    Its pipeline reads the last layer but one, so a layer that changes nothing is put behind the trained ones; the
+    pooled embedding is the end of the text behind the final norm, projected by the identity.
+    """
+    layers = encoder.config.num_hidden_layers
+    config = CLIPTextConfig.from_dict({**encoder.config.to_dict(), "num_hidden_layers": layers + 1})
+    projected = CLIPTextModelWithProjection(config).eval()
+    # transformers 4 names the parts of CLIPTextModel under text_model, transformers 5 does not.
+    trained = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in encoder.state_dict().items()}
+    missing, unexpected = projected.load_state_dict(trained, strict=False)
+    assert not [name for name in unexpected if "position_ids" not in name]
+    assert all(f"layers.{layers}." in name or name == "text_projection.weight" for name in missing), missing
+    weights = projected.state_dict()
+    for name in missing:
+        if "out_proj" in name or "fc2" in name:
+            weights[name].zero_()
+    weights["text_projection.weight"].copy_(torch.eye(config.hidden_size))
+    return projected
+
+
+def make_joint_pipeline(base: Path) -> StableDiffusion3Pipeline:
+    """An untrained Stable Diffusion 3 around the VAE and the text encoder of the tiny Stable Diffusion at `base`."""
+    vae = AutoencoderKL.from_pretrained(base / "vae")
+    vae.register_to_config(shift_factor=0.0)  # Stable Diffusion 3 knows one
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
+    encoder = with_projection(CLIPTextModel.from_pretrained(base / "text_encoder"))
+    return StableDiffusion3Pipeline(
+        transformer=make_transformer(encoder.config.hidden_size),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
     )

@@ -4,12 +4,19 @@
     accelerate launch examples/tiny_model/train.py --data outputs/scenes --out outputs/tiny
     python examples/tiny_model/export.py --run outputs/tiny --out gspn2_diffusion/assets/tiny-scenes
 
+A stage of its own, `joint`, trains a Stable Diffusion 3 (joint attention, flow matching) around the VAE and the text
+encoder of a trained tiny model, the shipped one unless `--base` names another:
+
+    python examples/tiny_model/train.py --stage joint --data outputs/scenes --out outputs/tiny-joint
+    python examples/tiny_model/export.py --stage joint --run outputs/tiny-joint --out outputs/tiny-scenes-sd3
+
 A stage that is started again goes on from its last checkpoint, so that the same command, given `--minutes`, can be run
 until it says that all is trained. Losses are appended to `OUT/STAGE.jsonl`.
 """
 
 import argparse
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
-from models import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
+from models import make_joint_pipeline, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
 from muon import MuonAdamW, parameter_groups
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -29,6 +36,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from gspn2_diffusion.assets import tiny_scenes_path
 from gspn2_diffusion.evaluation.vocabulary import (
     BACKGROUNDS,
     COLOURS,
@@ -39,6 +47,10 @@ from gspn2_diffusion.evaluation.vocabulary import (
     SIZES,
     parse_prompt,
 )
+from gspn2_diffusion.training.encode import Conditioner, encode_pictures
+
+TIMED = 60
+"""Steps after which `--fill` knows how many more there will be."""
 
 
 class Folder:
@@ -51,7 +63,7 @@ class Folder:
         self.captions = [line["text"] for line in lines]
 
     def pictures(self) -> torch.Tensor:
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             read = pool.map(lambda name: np.asarray(Image.open(self.root / name).convert("RGB")), self.files)
             return torch.from_numpy(np.stack(list(tqdm(read, total=len(self.files), desc="pictures"))))
 
@@ -82,11 +94,14 @@ class Run:
 
     def __init__(self, args, model: nn.Module, optimizer: MuonAdamW, accelerator: Accelerator):
         self.args, self.model, self.optimizer, self.accelerator = args, model, optimizer, accelerator
-        self.ema = EMAModel(model.parameters(), decay=args.ema, use_ema_warmup=True, power=0.75) if args.ema else None
+        self.ema = None
+        if args.ema:
+            self.ema = EMAModel(model.parameters(), decay=args.ema, use_ema_warmup=True, power=0.75, foreach=True)
         self.folder = args.out / args.stage
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.step = steps_done(self.folder)
+        self.first = self.step = steps_done(self.folder)
+        self.halfway = 0.0
         if self.step:
             self.load()
 
@@ -135,7 +150,10 @@ class Run:
         return min(warm, left)
 
     def train(self, loss_of) -> int:
-        """Run `loss_of(rng, generator) -> (loss, figures)` until the last step or the time is up; the step reached."""
+        """Run `loss_of(rng, generator) -> (loss, figures)` until the last step or the time is up; the step reached.
+
+        Figures may be tensors: the device is waited for when a line of the log is due, not at each step.
+        """
         started, log = time.monotonic(), []
         bar = tqdm(
             initial=self.step,
@@ -168,8 +186,22 @@ class Run:
                     log.clear()
                 if self.step % self.args.save_every == 0:
                     self.save()
+                if self.args.fill:
+                    self.fill_time(started, loss)
         self.save()
         return self.step
+
+    def fill_time(self, started: float, loss: torch.Tensor) -> None:
+        """After `TIMED` steps, of which the first half compiles and warms up: as many steps as the time allows."""
+        done = self.step - self.first
+        if done not in (TIMED // 2, TIMED):
+            return
+        loss.item()  # waits for the device
+        now = time.monotonic()
+        if done == TIMED:
+            left = self.args.minutes * 60 - (now - started)
+            self.args.steps = self.step + max(1, int(0.97 * left * (TIMED // 2) / (now - self.halfway)))
+        self.halfway = now
 
 
 def train_vae(args, accelerator: Accelerator) -> int:
@@ -303,19 +335,59 @@ def trained_text_encoder(args, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return encoder.eval()
 
 
+class Samples:
+    """Latents and what the denoiser is given with each caption, on the device, with the draws of a training step.
+
+    Args:
+        captions: N captions.
+        latents: (N, 4, 16, 16).
+        conditions: tensors of N + 1 rows; the last belongs to the empty caption.
+    """
+
+    def __init__(self, args, captions: list[str], latents: torch.Tensor, conditions: dict[str, torch.Tensor], device):
+        self.args, self.latents, self.device = args, latents.to(device), device
+        self.conditions = {name: value.to(device) for name, value in conditions.items()}
+        groups = torch.tensor([len(parse_prompt(caption).groups) for caption in captions[: len(latents)]])
+        self.kinds = [(groups == number).nonzero()[:, 0].to(device) for number in (1, 2)]
+
+    def draw(self, generator) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Latents, noise, conditions and times in [0, 1), of which 1 is noise alone. Nothing waits for the device."""
+        args, batch, device = self.args, self.args.batch, self.device
+
+        def uniform() -> torch.Tensor:
+            return torch.rand(batch, generator=generator, device=device)
+
+        def one_of(rows: torch.Tensor) -> torch.Tensor:
+            return rows[torch.randint(len(rows), (batch,), generator=generator, device=device)]
+
+        index = torch.randint(len(self.latents), (batch,), generator=generator, device=device)
+        if args.two_kinds is not None:
+            index = torch.where(uniform() < args.two_kinds, one_of(self.kinds[1]), one_of(self.kinds[0]))
+        x = self.latents[index].float()
+        rows = torch.where(uniform() < args.drop, len(self.latents), index)
+        noise = torch.randn(x.shape, generator=generator, device=device)
+        # Stratified, and denser at high noise, where the caption decides what is drawn.
+        times = ((torch.arange(batch, device=device) + uniform()) / batch) ** 0.75
+        return x, noise, {name: value[rows].float() for name, value in self.conditions.items()}, times
+
+
+def loss_and_figures(predicted: torch.Tensor, target: torch.Tensor, times: torch.Tensor):
+    each = (predicted.float() - target).square().mean((1, 2, 3))
+    high = (times > 0.7).float()
+    means = {"high_noise": (each * high).sum() / high.sum(), "low_noise": (each * (1 - high)).sum() / (1 - high).sum()}
+    return each.mean(), {name: value.detach() for name, value in means.items()}
+
+
 def train_unet(args, accelerator: Accelerator) -> int:
     """The teacher: v-prediction on cached latents and embeddings; a tenth of the captions is dropped for guidance."""
     captions = Folder(args.data, args.limit).captions
     latents, _ = encode_all(args, accelerator)
     tokenizer = make_tokenizer(args.out / "tokenizer")
     encoder = trained_text_encoder(args, tokenizer).to(accelerator.device)
-    # The last caption is the empty one.
     tokens = tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         states = torch.cat([encoder(part.to(accelerator.device))[0].half() for part in tokens.split(500)])
-    latents = latents.to(accelerator.device)
-    parsed = [len(parse_prompt(caption).groups) for caption in captions[: len(latents)]]
-    kinds = {number: np.flatnonzero(np.array(parsed) == number) for number in (1, 2)}
+    samples = Samples(args, captions, latents, {"states": states}, accelerator.device)
     model = make_unet()
     model, optimizer = accelerator.prepare(model, MuonAdamW(parameter_groups(model, lr=args.lr)))
     run = Run(args, model, optimizer, accelerator)
@@ -325,32 +397,63 @@ def train_unet(args, accelerator: Accelerator) -> int:
     total = scheduler.config.num_train_timesteps
 
     def loss_of(rng, generator):
-        index = rng.integers(len(latents), size=args.batch)
-        if args.two_kinds is not None:
-            chosen = rng.random(args.batch) < args.two_kinds
-            index = np.where(chosen, rng.choice(kinds[2], args.batch), rng.choice(kinds[1], args.batch))
-        index = torch.from_numpy(index)
-        dropped = index.masked_fill(torch.from_numpy(rng.random(args.batch) < args.drop), len(captions))
-        x, text = latents[index.to(latents.device)].float(), states[dropped.to(states.device)].float()
-        # Stratified, and denser at high noise, where the caption decides what is drawn.
-        u = (torch.from_numpy(rng.permutation(args.batch)) + torch.from_numpy(rng.random(args.batch))) / args.batch
-        timesteps = (u**0.75 * total).long().clamp(0, total - 1).to(accelerator.device)
-        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        x, noise, conditions, times = samples.draw(generator)
+        timesteps = (times * total).long().clamp(0, total - 1)
         target = scheduler.get_velocity(x, noise, timesteps)
-        predicted = forward(scheduler.add_noise(x, noise, timesteps), timesteps, text).sample
-        each = (predicted.float() - target).square().mean((1, 2, 3))
-        high = timesteps > 0.7 * total
-        parts = {"high_noise": high, "low_noise": ~high}
-        return each.mean(), {k: (each.detach() * part).sum() / part.sum() for k, part in parts.items()}
+        predicted = forward(scheduler.add_noise(x, noise, timesteps), timesteps, conditions["states"]).sample
+        return loss_and_figures(predicted, target, times)
 
     return run.train(loss_of)
 
 
-STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet}
+@torch.no_grad()
+def joint_samples(args, pipe: StableDiffusion3Pipeline, device) -> Samples:
+    """The folder as the pipeline encodes it."""
+    folder = Folder(args.data, args.limit)
+    pipe.to(device)
+    conditioner, pieces, parts = Conditioner(pipe), [*folder.captions, ""], []
+    for start in tqdm(range(0, len(pieces), 500), desc="captions"):
+        own, _, _ = conditioner(pieces[start : start + 500], (128, 128))
+        parts.append({name: value.half() for name, value in own.items()})
+    conditions = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    batches = tqdm(folder.pictures().split(64), desc="latents")
+    latents = torch.cat(
+        [encode_pictures(pipe, to_model(pictures, device), packed=False).half() for pictures in batches]
+    )
+    return Samples(args, folder.captions, latents, conditions, device)
+
+
+def train_joint(args, accelerator: Accelerator) -> int:
+    """A teacher with joint attention: flow matching with Stable Diffusion 3's transformer."""
+    pipe = make_joint_pipeline(args.base)
+    samples = joint_samples(args, pipe, accelerator.device)
+    model = pipe.transformer.requires_grad_(True)
+    model, optimizer = accelerator.prepare(model, MuonAdamW(parameter_groups(model, lr=args.lr)))
+    run = Run(args, model, optimizer, accelerator)
+    if args.compile:
+        # Block by block: the blocks are alike, so little is compiled. Where no compiler is, they run as they are.
+        torch._dynamo.config.suppress_errors = True
+        for block in accelerator.unwrap_model(model).transformer_blocks:
+            block.compile()
+    total = pipe.scheduler.config.num_train_timesteps
+
+    def loss_of(rng, generator):
+        x, noise, conditions, times = samples.draw(generator)
+        mixed = x.lerp(noise, times[:, None, None, None])
+        predicted = model(mixed, timestep=times * total, **conditions, return_dict=False)[0]
+        return loss_and_figures(predicted, noise - x, times)
+
+    return run.train(loss_of)
+
+
+STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet, "joint": train_joint}
+# The shipped model.
+ALL = ("vae", "text", "unet")
 DEFAULTS = {
     "vae": {"steps": 4000, "batch": 16, "lr": 3e-3, "ema": 0.0},
     "text": {"steps": 500, "batch": 128, "lr": 2e-3, "ema": 0.0},
     "unet": {"steps": 15000, "batch": 128, "lr": 3e-3, "ema": 0.999},
+    "joint": {"steps": 8000, "batch": 512, "lr": 2e-3, "ema": 0.999},
 }
 
 
@@ -358,9 +461,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="image folder with metadata.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help=f"all: {', '.join(ALL)}")
+    parser.add_argument("--base", type=Path, default=tiny_scenes_path(), help="joint: pipeline to take the parts from")
     parser.add_argument("--steps", type=int, help="of one stage")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, with a checkpoint, after this long")
+    parser.add_argument("--fill", action="store_true", help="as many steps as fit into --minutes, not --steps")
     parser.add_argument("--limit", type=int, help="use only the first pictures")
     parser.add_argument("--batch", type=int, help="samples of a step on each process")
     parser.add_argument("--lr", type=float)
@@ -370,7 +475,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--two_kinds", type=float, help="share of captions with two kinds of object; default: as they come"
     )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet stage")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet, or the blocks of joint")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--decay", type=float, default=0.5, help="share of the steps in which the rate falls to 0")
     parser.add_argument("--log_every", type=int, default=25)
@@ -382,6 +487,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.stage == "all" and args.steps is not None:
         parser.error("--steps is the length of one stage; name it with --stage")
+    if args.fill and (args.stage == "all" or args.steps is not None or args.minutes == float("inf")):
+        parser.error("--fill needs --stage and --minutes, and no --steps")
     return args
 
 
@@ -404,9 +511,9 @@ def main() -> None:
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    for stage in STAGES if args.stage == "all" else [args.stage]:
+    for stage in ALL if args.stage == "all" else [args.stage]:
         chosen = for_stage(args, stage)
-        if steps_done(args.out / stage) >= chosen.steps:
+        if steps_done(args.out / stage) >= chosen.steps and not args.fill:
             accelerator.print(f"{stage}: done before.")
             continue
         chosen.minutes = args.minutes - (time.monotonic() - started) / 60

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..assets import scene_eval_prompts_path
+from ..loading import default_size
+from ..patching.families import find_model
 from .scene_eval import judge
 from .vocabulary import parse_prompt
 
@@ -108,7 +111,8 @@ def initial_noise(pipe, seed: int, prompt: str, height: int, width: int) -> torc
     mixed = np.random.SeedSequence([seed, *prompt.encode()]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(mixed))
     factor = pipe.vae_scale_factor
-    return torch.randn((pipe.unet.config.in_channels, height // factor, width // factor), generator=generator)
+    denoiser: Any = find_model(pipe)
+    return torch.randn((denoiser.config.in_channels, height // factor, width // factor), generator=generator)
 
 
 @torch.no_grad()
@@ -125,15 +129,15 @@ def evaluate_pipeline(
     keep_pictures: bool = True,
     progress: bool = True,
 ) -> SceneEvalResult:
-    """Generate a picture for every prompt and seed with a `StableDiffusionPipeline` and judge each.
+    """Generate a picture for every prompt and seed with a text-to-image pipeline of a UNet or of SD3 and judge each.
 
     `prompts` None: all 600 held-out prompts. Each picture's noise comes from its seed and its prompt, so that neither
     `batch_size` nor the choice of prompts changes it. Raises ValueError for a prompt that names no shape or for a side
     that the VAE's factor does not divide, before anything is generated.
     """
     prompts = load_prompts() if prompts is None else list(prompts)
-    side = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    height, width = height or side, width or side
+    default, denoiser = default_size(pipe), cast(Any, find_model(pipe))
+    height, width = height or default[0], width or default[1]
     for name, value in (("height", height), ("width", width)):
         if value % pipe.vae_scale_factor:
             raise ValueError(f"{name} {value} is not divisible by {pipe.vae_scale_factor}, the VAE's factor; round it")
@@ -154,7 +158,7 @@ def evaluate_pipeline(
                     width=width,
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
-                    latents=torch.stack(noise).to(pipe.device, pipe.unet.dtype),
+                    latents=torch.stack(noise).to(pipe.device, denoiser.dtype),
                 ).images
                 for (prompt, seed), image in zip(part, images, strict=True):
                     verdict = judge(image, prompt.prompt)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration
-from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import make_image_grid
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ..adapter import GSPN2Adapter, few
 from ..assets import tiny_scenes_path
-from ..loading import DTYPE_KEY, SHIPPED
+from ..loading import SHIPPED, open_pipeline
 from ..patching import apply_gspn2, gspn2_disabled, remove_gspn2
 from ..patching.families import find_model
 from .arguments import TrainingArguments
@@ -74,13 +73,8 @@ def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
     dtype = torch.float32 if fsdp else DTYPES.get(accelerator.mixed_precision, torch.float32)
     if pipe is None:
         shipped = args.pretrained_model_name_or_path == SHIPPED
-        pipe = DiffusionPipeline.from_pretrained(
-            tiny_scenes_path() if shipped else args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            use_safetensors=True,
-            **{DTYPE_KEY: dtype},
-        )
+        path: Any = tiny_scenes_path() if shipped else args.pretrained_model_name_or_path
+        pipe = open_pipeline(path, dtype, revision=args.revision, variant=args.variant)
     pipe.to(accelerator.device)
     remove_gspn2(pipe)
     # Half precision overflows in some VAEs (SDXL's).
