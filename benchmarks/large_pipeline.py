@@ -3,7 +3,7 @@ every self-attention: what each stage of `GSPN2UpscalePipeline` takes, beside wh
 
     python benchmarks/large_pipeline.py --sizes 4096 16384 --limits_gib 24 72 --out out
 
-Each size runs with the switches that its plan turns on, in a process that cannot take more than its limit. The table
+Each size runs with the switches that the plan turns on, in a process that cannot take more than its limit. The table
 goes to `large_pipeline.json` in the output folder, with a small copy of each picture; the PNGs of the stages, up to a
 gigabyte, to `--stages`. The VAE runs in the denoiser's type, as the fixed SDXL VAEs do (`force_upcast` off).
 """
@@ -30,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from gspn2_diffusion.assets import tiny_scenes_path
 from gspn2_diffusion.memory import memory_switches
-from gspn2_diffusion.plan import Plan, plan
+from gspn2_diffusion.plan import StagePlan, plan
 
 # stabilityai/stable-diffusion-xl-base-1.0, without its vocabulary's words.
 ENCODERS: tuple[dict[str, Any], dict[str, Any]] = (
@@ -188,7 +188,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
-def planned_for(pipe: Any, size: int, limit: int | None, args: argparse.Namespace) -> Plan | None:
+def planned_for(pipe: Any, size: int, limit: int | None, args: argparse.Namespace) -> dict[int, StagePlan]:
+    """The plan of each stage, by its side: those of a smaller picture are the first of a larger one's."""
     before = time.perf_counter()
     try:
         made = plan(
@@ -202,18 +203,21 @@ def planned_for(pipe: Any, size: int, limit: int | None, args: argparse.Namespac
         )
     except RuntimeError:  # the picture is still worth having
         traceback.print_exc()
-        return None
+        return {}
     print(made)
     print(f"planned in {time.perf_counter() - before:.1f} s", flush=True)
-    return made
+    return {stage.width: stage for stage in made.stages}
 
 
-def run(pipe: Any, size: int, limit: int | None, args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(pipe: Any, size: int, planned: dict[int, StagePlan], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Makes one picture and returns the row of each stage."""
     large = GSPN2UpscalePipeline.from_pipe(pipe)
     large.set_progress_bar_config(disable=True)
-    made = planned_for(pipe, size, limit, args)
-    switches = dict(made.switches) if made else {"guidance_in_turn": size > 8192}
+    switches = {
+        name: value for side, stage in planned.items() if side <= size for name, value in stage.switches.items()
+    }
+    if not planned:
+        switches = {"guidance_in_turn": size > 8192}
     switches.pop("vae_tiling", None)  # the pipeline's own decision, stage by stage
     folder = Path(tempfile.mkdtemp(prefix=f"large_{size}_", dir=args.stages))
     watch = Watch(pipe)
@@ -237,15 +241,16 @@ def run(pipe: Any, size: int, limit: int | None, args: argparse.Namespace) -> li
     finally:
         watch.close()
         shutil.rmtree(folder)
-    for row, stage in zip(watch.rows, made.stages if made else [], strict=False):
-        row["planned"] = {
-            "step": stage.call_seconds,
-            "device": stage.device_seconds,
-            "host": stage.host_seconds,
-            "vae": stage.vae_seconds,
-            "denoiser_gib": stage.denoiser_bytes / 2**30,
-            "vae_gib": stage.vae_bytes / 2**30,
-        }
+    for row in watch.rows:
+        if stage := planned.get(row["pixels"]):
+            row["planned"] = {
+                "step": stage.call_seconds,
+                "device": stage.device_seconds,
+                "host": stage.host_seconds,
+                "vae": stage.vae_seconds,
+                "denoiser_gib": stage.denoiser_bytes / 2**30,
+                "vae_gib": stage.vae_bytes / 2**30,
+            }
     return watch.rows
 
 
@@ -275,15 +280,17 @@ def main() -> None:
     pipe = pipeline(args)
     pipe.set_progress_bar_config(disable=True)
     print(f"made in {time.perf_counter() - before:.1f} s on {os.cpu_count()} cores", flush=True)
+    limits = [int(gib * 2**30) for gib in args.limits_gib] or [None] * len(args.sizes)
+    largest = max(args.sizes)
+    planned = planned_for(pipe, largest, limits[args.sizes.index(largest)], args)
     rows: list[dict[str, Any]] = []
-    for number, size in enumerate(args.sizes):
-        limit = int(args.limits_gib[number] * 2**30) if args.limits_gib else None
+    for size, limit in zip(args.sizes, limits, strict=True):
         if args.device == "cuda":
             torch.cuda.empty_cache()
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, (limit or total) / total))
         try:
-            rows += [{"picture": size, **row} for row in run(pipe, size, limit, args)]
+            rows += [{"picture": size, **row} for row in run(pipe, size, planned, args)]
         except RuntimeError:  # out of memory too: the other size is still worth having
             traceback.print_exc()
         device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"

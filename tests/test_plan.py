@@ -10,11 +10,23 @@ import pytest
 import torch
 
 from gspn2_diffusion import apply_gspn2
-from gspn2_diffusion.plan import _Operation, _peak, _walk, plan
+from gspn2_diffusion.plan import (
+    HOST_FACTOR,
+    StagePlan,
+    _Clocks,
+    _decode,
+    _encode,
+    _Operation,
+    _peak,
+    _tile_sides,
+    _vae_cost,
+    _walk,
+    plan,
+)
 
 from . import tiny_models
 
-CPU = torch.device("cpu")
+CPU, F32 = torch.device("cpu"), torch.float32
 
 
 def test_peak_counts_what_is_alive():
@@ -44,6 +56,33 @@ def test_attention_is_one_operation_of_quadratic_work():
     small, large = (_walk(lambda: attend(n), CPU) for n in (32, 64))  # noqa: B023
     assert len(small.operations) == 1 and large.operations[0].work == 4 * small.operations[0].work
     assert large.peak < 3 * 64 * 2 * 4 * 4
+
+
+@pytest.mark.parametrize("latent", [(40, 24), (16, 52), (48, 48)])
+def test_tiles_cost_what_diffusers_tiled_run_costs(latent):
+    """Against a walk of the tiled run itself, every blended row of it, which at 16K has a million operations."""
+    vae = tiny_models.vae().to("meta")
+    decoded = []
+    vae.decoder.register_forward_pre_hook(lambda module, args: decoded.append(tuple(args[0].shape[2:])))
+    vae.enable_tiling()
+    walks = [_walk(run, CPU) for run in (lambda: _decode(vae, latent, F32), lambda: _encode(vae, latent, 2, F32))]
+    assert decoded == _tile_sides(vae, latent)
+    ticks = iter(range(10**9))
+    clocks = _Clocks(CPU, lambda: float(next(ticks)))  # every operation takes one second
+    vae.use_tiling = False
+    _, peak = _vae_cost(vae, latent, 2, F32, clocks, latent, tiled=True, encode=False)
+    assert peak == pytest.approx(walks[0].peak, rel=0.1)
+    _, peak = _vae_cost(vae, latent, 2, F32, clocks, latent, tiled=True, encode=True)
+    assert peak == pytest.approx(max(walk.peak for walk in walks), rel=0.1)
+
+
+def test_a_call_takes_the_longer_of_device_and_host():
+    walk = _walk(lambda: torch.empty(8, 8, device="meta").exp().add(1), CPU)
+    clocks = _Clocks(CPU, float)
+    clocks.times = {operation.signature: (2.0, 0.5) for operation in walk.operations}
+    assert clocks.seconds(walk, walk) == (4.0, HOST_FACTOR)
+    stage = StagePlan(8, 8, 1, 4.0, 5.0, 1.0, 0, 0, {})
+    assert (stage.call_seconds, stage.seconds) == (5.0, 6.0)
 
 
 def test_plan_of_a_pipeline_and_of_its_folder(tmp_path):
