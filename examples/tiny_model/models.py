@@ -149,7 +149,7 @@ def make_transformer(text_width: int) -> SD3Transformer2DModel:
         joint_attention_dim=2 * text_width,
         caption_projection_dim=192,
         pooled_projection_dim=2 * text_width,
-        pos_embed_max_size=64,
+        pos_embed_max_size=32,
         qk_norm="rms_norm",
     )
     for name, module in model.named_modules():

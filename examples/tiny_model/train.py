@@ -17,6 +17,7 @@ until it says that all is trained. Losses are appended to `OUT/STAGE.jsonl`.
 import argparse
 import json
 import os
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +103,8 @@ class Run:
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.first = self.step = steps_done(self.folder)
         self.halfway = 0.0
+        if args.fill:
+            args.steps = sys.maxsize  # until `fill_time` knows
         if self.step:
             self.load()
 
@@ -157,7 +160,7 @@ class Run:
         started, log = time.monotonic(), []
         bar = tqdm(
             initial=self.step,
-            total=self.args.steps,
+            total=None if self.args.fill else self.args.steps,
             desc=self.args.stage,
             disable=not self.accelerator.is_main_process,
             mininterval=10,
