@@ -6,9 +6,13 @@ import copy
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gspn2_diffusion import GSPN2Config, apply_gspn2, fuse_gspn2, gspn2_disabled, remove_gspn2, unfuse_gspn2
+from gspn2_diffusion.layers import GSPN2Layer
+from gspn2_diffusion.memory import memory_switches
 from gspn2_diffusion.patching.fuse import FOLD
 
 from . import tiny_models
@@ -100,15 +104,68 @@ def test_remove_undoes_it(model):
     )
 
 
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would ask the device for a value, or hand it one: both wait on a GPU."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "lift_fresh")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITS, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_a_step_asks_the_device_for_nothing(merge, hooked):
+    model = tiny_models.sdxl_unet()
+    apply_gspn2(model, config=GSPN2Config(init="random", merge=merge))
+    if hooked:  # as an offloaded layer, whose weight may not be read in advance
+        for module in model.modules():
+            if isinstance(module, GSPN2Layer):
+                module.scan_out.register_forward_pre_hook(lambda module, args: None)
+    fuse_gspn2(model)
+    inputs = tiny_models.unet_inputs(10, 18, dim=32)
+    inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 16), "time_ids": torch.randn(2, 6)}
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        torch.zeros(1).item()
+    for switches in ({}, {"guidance_in_turn": True, "feed_forward_tokens": 40, "offload_skips": True}):
+        with memory_switches(model, **switches), NoWaiting():
+            assert model(**inputs).sample.shape == (2, 4, 10, 18)
+
+
 @pytest.mark.gpu
 @torch.no_grad()
-def test_no_host_synchronisation_in_a_step(model):
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("switches", [{}, {"guidance_in_turn": True, "feed_forward_tokens": 40, "offload_skips": True}])
+def test_no_host_synchronisation_in_a_step(model, fused, switches):
     model = model.cuda()
-    fuse_gspn2(model)
+    if fused:
+        fuse_gspn2(model)
     inputs = {name: value.cuda() for name, value in tiny_models.unet_inputs().items()}
-    model(**inputs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with memory_switches(model, **switches):
         model(**inputs)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation_between_the_steps_of_a_pipeline():
+    """From the end of the first step, which looks its place in the schedule up, to the end of the last."""
+    pipe = tiny_models.sdxl_pipe().to("cuda")
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    apply_gspn2(pipe)
+    fuse_gspn2(pipe)
+
+    def watch(pipe, step, timestep, tensors):
+        torch.cuda.set_sync_debug_mode("error" if step < 3 else "default")
+        return {}
+
+    try:
+        pipe("a cat", num_inference_steps=4, height=64, width=32, output_type="latent", callback_on_step_end=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")

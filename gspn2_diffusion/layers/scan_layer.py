@@ -153,7 +153,7 @@ class GSPN2Layer(nn.Module):
         """(K * D,), or (1,) with merge "sum": what `scaled_out_weight` multiplies the columns with."""
         lines = self._lines(height, width)
         if self.config.merge == "sum":
-            return like.new_tensor([len(lines) / sum(lines)])
+            return like.new_full((1,), len(lines) / sum(lines))
         return torch.cat([like.new_full((self.width,), 1 / n) for n in lines])
 
     def scan_inputs(
