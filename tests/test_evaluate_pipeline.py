@@ -7,7 +7,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from gspn2_diffusion.assets import tiny_scenes_path
-from gspn2_diffusion.evaluation import EvalPrompt, evaluate_pipeline, load_prompts
+from gspn2_diffusion.cli import main
+from gspn2_diffusion.evaluation import EvalPrompt, draw, evaluate_pipeline, load_prompts
+
+from .test_upscale import sd3_pipe
+from .training_runs import free_port, start_command
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,30 @@ def test_result_writes_json_table_and_grid(pipe, tmp_path) -> None:
     result.save_json(tmp_path / "result.json")
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["summary"] == summary and len(saved["records"]) == 12 and saved["settings"]["steps"] == 1
+
+
+def test_two_processes_write_the_same_bytes_as_one(tmp_path) -> None:
+    """Seven pictures in batches of two: an uneven share for each."""
+    flags = ["evaluate", "--adapter", "none", "--device", "cpu", "--steps", "1", "--height", "64", "--width", "64"]
+    flags += ["--limit", "7", "--batch-size", "2", "--out"]
+    assert main([*flags, str(tmp_path / "one")]) == 0
+    port = free_port()
+    ranks = [start_command([*flags, str(tmp_path / "two")], rank, 2, port) for rank in range(2)]
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    for name in ("scene_eval.json", "scene_eval.md", "scene_eval.png"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+
+
+def test_transformers_are_drawn_from_the_seed_and_prompt_too() -> None:
+    pipe = sd3_pipe()
+    prompts = [EvalPrompt("a"), EvalPrompt("b")]
+    options = dict(steps=1, height=32, width=32, progress=False)
+    together = [drawn.image for drawn in draw(pipe, prompts, batch_size=2, **options)]
+    alone = [drawn.image for drawn in draw(pipe, prompts[1:], batch_size=1, **options)]
+    difference = torch.tensor(list(together[1].tobytes())).sub(torch.tensor(list(alone[0].tobytes()))).abs()
+    assert difference.max() <= 1
 
 
 def test_bad_input_is_refused_before_anything_is_generated(pipe) -> None:

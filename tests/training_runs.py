@@ -69,14 +69,33 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _join(rank: int, world: int, port: int) -> None:
+    """What `accelerate launch --cpu` puts into the environment."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
 def _train(args: TrainingArguments, rank: int, world: int, port: int) -> None:
     if world > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
+        _join(rank, world, port)
     train(args)
+
+
+def start_command(argv: list[str], rank: int, world: int, port: int) -> Any:
+    """`gspn2 ARGV` as one of several processes that a launcher starts."""
+    child = _context.Process(target=_command, args=(argv, rank, world, port))
+    child.start()
+    return child
+
+
+def _command(argv: list[str], rank: int, world: int, port: int) -> None:
+    from gspn2_diffusion.cli import main
+
+    _join(rank, world, port)
+    raise SystemExit(main(argv))

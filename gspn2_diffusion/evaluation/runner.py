@@ -1,13 +1,15 @@
-"""Run SceneEval on a pipeline: the same picture for a prompt and a seed, whatever the batch."""
+"""Draw prompts with a pipeline and run SceneEval on it: the same picture for a prompt and a seed, whatever the batch
+and the number of processes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
@@ -17,15 +19,28 @@ from ..patching.families import find_model
 from .scene_eval import judge
 from .vocabulary import parse_prompt
 
+LATENTS = ("UNet2DConditionModel", "SD3Transformer2DModel")
+"""Models whose pipelines take latents (B, C, h, w); the noise of others, often packed, is their pipelines' own."""
+
 CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A prompt of SceneEval and its category."""
+    """A prompt and its category."""
 
     prompt: str
-    category: str
+    category: str = "all"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A generated picture: its place in the evaluation, what it was drawn from, and itself."""
+
+    place: int
+    prompt: EvalPrompt
+    seed: int
+    image: Image.Image
 
 
 @dataclass
@@ -94,11 +109,39 @@ class SceneEvalResult:
         return sheet
 
 
+class PictureFolder:
+    """Pictures on disk, `000000.png` and so on, with a `metadata.jsonl` of their prompts: an image folder.
+
+    Raises:
+        FileExistsError: the folder holds other pictures, which would be scored with the new ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if processes()[0] == 0:
+            if folder.is_dir() and any(folder.iterdir()):
+                raise FileExistsError(f"{folder} is not empty; delete it or name another folder.")
+            folder.mkdir(parents=True, exist_ok=True)
+        self.lines: list[tuple[int, dict]] = []
+
+    def save(self, drawn: Drawn) -> None:
+        name = f"{drawn.place:06d}.png"
+        drawn.image.save(self.folder / name)
+        self.lines.append((drawn.place, {"file_name": name, "text": drawn.prompt.prompt, "seed": drawn.seed}))
+
+    def finish(self) -> None:
+        """Writes metadata.jsonl. Every process calls it; afterwards the folder is whole."""
+        lines = [json.dumps(line) + "\n" for _, line in _gather(self.lines)]
+        if processes()[0] == 0:
+            (self.folder / "metadata.jsonl").write_text("".join(lines))
+
+
 def load_prompts(path: str | Path | None = None, limit: int | None = None) -> list[EvalPrompt]:
-    """The held-out prompts that come with the package, or those of a JSONL file; `limit` takes equally many of each
-    category, the first ones."""
+    """The held-out prompts that come with the package, or those of a JSONL file: `prompt` (or `text`, as an image
+    folder's metadata.jsonl calls it) and `category`. `limit` takes equally many of each category, the first ones."""
     lines = Path(path or scene_eval_prompts_path()).read_text().splitlines()
-    prompts = [EvalPrompt(**json.loads(line)) for line in lines if line.strip()]
+    records = [json.loads(line) for line in lines if line.strip()]
+    prompts = [EvalPrompt(r["prompt"] if "prompt" in r else r["text"], r.get("category", "all")) for r in records]
     if limit is None or limit >= len(prompts):
         return prompts
     present = list(dict.fromkeys(p.category for p in prompts))
@@ -106,16 +149,85 @@ def load_prompts(path: str | Path | None = None, limit: int | None = None) -> li
     return [p for c, n in zip(present, share, strict=True) for p in [q for q in prompts if q.category == c][:n]]
 
 
-def initial_noise(pipe, seed: int, prompt: str, height: int, width: int) -> torch.Tensor:
-    """Start of one picture, float32 (C, h, w), drawn on the CPU from the seed and the prompt's letters alone."""
+def _generator(seed: int, prompt: str) -> torch.Generator:
+    """On the CPU, from the seed and the prompt's letters alone."""
     mixed = np.random.SeedSequence([seed, *prompt.encode()]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(mixed))
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def initial_noise(pipe, seed: int, prompt: str, height: int, width: int) -> torch.Tensor:
+    """Start of one picture of a model of `LATENTS`, float32 (C, h, w)."""
     factor = pipe.vae_scale_factor
     denoiser: Any = find_model(pipe)
-    return torch.randn((denoiser.config.in_channels, height // factor, width // factor), generator=generator)
+    shape = (denoiser.config.in_channels, height // factor, width // factor)
+    return torch.randn(shape, generator=_generator(seed, prompt))
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number) of the processes that share an evaluation."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def _gather(items: list[Any]) -> list[Any]:
+    """Everybody's items, in the order of their places. Each item begins with its place."""
+    if processes()[1] == 1:
+        return items
+    parts: list[Any] = [None] * processes()[1]
+    dist.all_gather_object(parts, items)
+    return sorted((item for part in parts for item in part), key=lambda item: item[0])
 
 
 @torch.no_grad()
+def draw(
+    pipe,
+    prompts: Sequence[EvalPrompt],
+    seeds: Sequence[int] = (0,),
+    *,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+    batch_size: int = 8,
+    height: int | None = None,
+    width: int | None = None,
+    progress: bool = True,
+) -> Iterator[Drawn]:
+    """A picture for every prompt and seed, with any diffusers text-to-image pipeline.
+
+    Each picture's noise comes from its seed and its prompt, so that neither `batch_size` nor the choice of prompts
+    changes it. Under several processes (`accelerate launch`) whole batches are dealt out in turn: each yields its own,
+    and the pictures have the same bits as one process's on the same device.
+    """
+    sides = default_size(pipe)
+    height, width = height or sides[0], width or sides[1]
+    work = [(prompt, seed) for seed in seeds for prompt in prompts]
+    rank, world = processes()
+    denoiser: Any = find_model(pipe)
+    takes_latents = bool({cls.__name__ for cls in type(denoiser).__mro__} & {*LATENTS})
+    silent = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        with tqdm(total=len(work), desc="pictures", disable=not progress or rank > 0) as bar:
+            for start in range(rank * batch_size, len(work), world * batch_size):
+                part = work[start : start + batch_size]
+                if takes_latents:
+                    noise = torch.stack([initial_noise(pipe, seed, p.prompt, height, width) for p, seed in part])
+                    options: dict[str, Any] = {"latents": noise.to(pipe.device, denoiser.dtype)}
+                else:
+                    options = {"generator": [_generator(seed, p.prompt) for p, seed in part]}
+                images = pipe(
+                    [p.prompt for p, _ in part],
+                    height=height,
+                    width=width,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    **options,
+                ).images
+                for place, (prompt, seed), image in zip(range(start, start + len(part)), part, images, strict=True):
+                    yield Drawn(place, prompt, seed, image)
+                bar.update(min(world * batch_size, len(work) - bar.n))
+    finally:
+        pipe.set_progress_bar_config(**silent)
+
+
 def evaluate_pipeline(
     pipe,
     prompts: Sequence[EvalPrompt] | None = None,
@@ -128,46 +240,40 @@ def evaluate_pipeline(
     width: int | None = None,
     keep_pictures: bool = True,
     progress: bool = True,
+    save_to: PictureFolder | None = None,
 ) -> SceneEvalResult:
-    """Generate a picture for every prompt and seed with a text-to-image pipeline of a UNet or of SD3 and judge each.
+    """Generate a picture for every prompt and seed (see `draw`) and judge each.
 
-    `prompts` None: all 600 held-out prompts. Each picture's noise comes from its seed and its prompt, so that neither
-    `batch_size` nor the choice of prompts changes it. Raises ValueError for a prompt that names no shape or for a side
-    that the VAE's factor does not divide, before anything is generated.
+    `prompts` None: all 600 held-out prompts. Under several processes every one returns the same records; the pictures
+    are kept on the first. `save_to` writes them to a folder too. Raises ValueError for a prompt that names no shape or
+    for a side that the VAE's factor does not divide, before anything is generated.
     """
     prompts = load_prompts() if prompts is None else list(prompts)
-    default, denoiser = default_size(pipe), cast(Any, find_model(pipe))
-    height, width = height or default[0], width or default[1]
+    sides = default_size(pipe)
+    height, width = height or sides[0], width or sides[1]
     for name, value in (("height", height), ("width", width)):
         if value % pipe.vae_scale_factor:
             raise ValueError(f"{name} {value} is not divisible by {pipe.vae_scale_factor}, the VAE's factor; round it")
     for prompt in prompts:
         parse_prompt(prompt.prompt)
-    work = [(prompt, seed) for seed in seeds for prompt in prompts]
-    result = SceneEvalResult([], {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width})
-    silent = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        with tqdm(total=len(work), desc="SceneEval", disable=not progress) as bar:
-            for start in range(0, len(work), batch_size):
-                part = work[start : start + batch_size]
-                noise = [initial_noise(pipe, seed, p.prompt, height, width) for p, seed in part]
-                images = pipe(
-                    [p.prompt for p, _ in part],
-                    height=height,
-                    width=width,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    latents=torch.stack(noise).to(pipe.device, denoiser.dtype),
-                ).images
-                for (prompt, seed), image in zip(part, images, strict=True):
-                    verdict = judge(image, prompt.prompt)
-                    record = {**asdict(prompt), "seed": seed, "passed": verdict.passed, "claims": verdict.claims}
-                    result.records.append(record)
-                    if keep_pictures:
-                        result.pictures.append(image)
-                bar.update(len(part))
-                bar.set_postfix(score=f"{100 * result.score():.1f} %")
-    finally:
-        pipe.set_progress_bar_config(**silent)
-    return result
+    judged: list[tuple[int, dict, Image.Image | None]] = []
+    for drawn in draw(
+        pipe,
+        prompts,
+        seeds,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        height=height,
+        width=width,
+        progress=progress,
+    ):
+        verdict = judge(drawn.image, drawn.prompt.prompt)
+        record = {**asdict(drawn.prompt), "seed": drawn.seed, "passed": verdict.passed, "claims": verdict.claims}
+        judged.append((drawn.place, record, drawn.image if keep_pictures else None))
+        if save_to is not None:
+            save_to.save(drawn)
+    judged = _gather(judged)
+    settings = {"steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    pictures = [image for _, _, image in judged if image is not None]
+    return SceneEvalResult([record for _, record, _ in judged], settings, pictures if processes()[0] == 0 else [])
