@@ -283,6 +283,24 @@ class TestCompile:
         compiled = torch.compile(patched, fullgraph=True, backend="eager", dynamic=False)
         torch.testing.assert_close(run(compiled, 9, 16), student, rtol=1e-4, atol=1e-5)
 
+    def test_flux_in_one_graph(self):
+        """The map's sides are constants of the graph, which is compiled anew for another number of tokens; other sides
+        of the same number are noticed, so that nothing is scrambled."""
+        torch._dynamo.reset()
+        case = CASES["FluxTransformer2DModel"]
+        model = case.build()
+        apply_gspn2(model, config=RANDOM)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            for sides in ((3, 4), (2, 5)):
+                inputs = case.inputs(*sides)
+                got = call(compiled, inputs)
+                # Read once: the next steps' ids are the same tensor, and reading waits for the device.
+                assert inputs["img_ids"]._gspn2_segments[1] == (sides,)
+                torch.testing.assert_close(got, call(model, inputs), rtol=1e-4, atol=1e-5)
+            with pytest.raises(RuntimeError, match=r"sides \[2, 5\] in tokens and img_ids now say \[5, 2\]"):
+                call(compiled, case.inputs(5, 2))
+
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     def test_scope_in_one_graph(self, patched, backend):
         """The module that records the grid, its blocks and the layers below, at two sizes with as many tokens."""

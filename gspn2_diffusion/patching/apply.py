@@ -218,9 +218,7 @@ def _attach(model: nn.Module, family: Family, sites: list[Site], adapter: GSPN2A
             attention: Any = model.get_submodule(site.name)
             if site.scope not in records:
                 record = records[site.scope] = GridRecord(site.scope)
-                model.get_submodule(site.scope).register_forward_pre_hook(
-                    ScopeHook(record, family.read_layout), with_kwargs=True
-                )
+                model.get_submodule(site.scope).register_forward_pre_hook(ScopeHook(record, family), with_kwargs=True)
             record = records[site.scope]
             block = site.name.rpartition(".")[0]
             if block not in hooked_blocks:

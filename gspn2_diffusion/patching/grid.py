@@ -9,13 +9,12 @@ therefore tags the block's input with its layout in the first run and restores i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .families import Layout
+from .families import Family, Layout
 
 TAG = "_gspn2_layout"
 
@@ -62,11 +61,15 @@ class PatchHook:
 class ScopeHook(PatchHook):
     """On a scope: records the layout of the tokens it is called with."""
 
-    def __init__(self, record: GridRecord, read_layout: Callable[[nn.Module, dict[str, Any]], Layout]) -> None:
-        self.record, self.read_layout = record, read_layout
+    def __init__(self, record: GridRecord, family: Family) -> None:
+        self.record, self.read_layout, self.guard = record, family.read_layout, family.guard
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.record.layout = self.read_layout(module, arguments_by_name(module, args, kwargs))
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = arguments_by_name(module, args, kwargs)
+        self.record.layout = self.read_layout(module, arguments)
+        if self.guard is None or not torch.compiler.is_compiling():
+            return None
+        return (), {**arguments, **self.guard(arguments, self.record.layout)}
 
 
 class BlockHook(PatchHook):

@@ -68,6 +68,8 @@ class Family:
         find_sites: lists the model's self-attentions.
         read_layout: (scope module, bound arguments by name) -> the layout of this call's tokens.
         matrices: (model, site) -> the attention's value and output matrices, for the start from the teacher.
+        guard: where `read_layout` reads numbers out of a tensor, which a compiled graph takes for constants:
+            (arguments, layout) -> arguments to pass instead, by name, behind a check at each call of the graph.
     """
 
     model_class: str
@@ -75,6 +77,7 @@ class Family:
     find_sites: Callable[[nn.Module], Iterator[Site]]
     read_layout: Callable[[nn.Module, dict[str, Any]], Layout]
     matrices: Callable[[nn.Module, Site], Matrices] = attention_matrices
+    guard: Callable[[dict[str, Any], Layout], dict[str, Tensor]] | None = None
 
 
 def map_layout(module: nn.Module, arguments: dict[str, Any]) -> Layout:
@@ -105,14 +108,46 @@ def packed_layout(module: nn.Module, arguments: dict[str, Any]) -> Layout:
         )
     ids = arguments["img_ids"]
     text = arguments["encoder_hidden_states"].shape[1]
-    if torch.compiler.is_compiling():
-        return Layout(segments_of(ids), text)
+    return Layout((_while_compiling if torch.compiler.is_compiling() else known_segments)(ids), text)
+
+
+def packed_layout_guard(arguments: dict[str, Any], layout: Layout) -> dict[str, Tensor]:
+    """In a compiled graph, the position ids behind a check that they are still those of the layout it was compiled for:
+    24 x 16 and 16 x 24 tokens have ids of one shape."""
+    sides = [side for grid in layout.segments for side in grid]
+    return {"img_ids": torch.ops.gspn2.same_segments(arguments["img_ids"], sides)}
+
+
+def known_segments(ids: Tensor) -> tuple[Grid, ...]:
+    """`segments_of`, kept with the tensor until it is written to."""
     version = None if ids.is_inference() else ids._version
     known = getattr(ids, "_gspn2_segments", None)
     if known is None or known[0] != version:
         known = version, segments_of(ids)
-        ids._gspn2_segments = known
-    return Layout(known[1], text)
+        ids._gspn2_segments = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+@torch.compiler.assume_constant_result
+def _while_compiling(ids: Tensor) -> tuple[Grid, ...]:
+    """`segments_of` the ids that the graph is compiled with."""
+    return segments_of(ids)
+
+
+@torch.library.custom_op("gspn2::same_segments", mutates_args=())
+def _same_segments(ids: Tensor, sides: list[int]) -> Tensor:
+    found = [side for grid in known_segments(ids) for side in grid]
+    if found != sides:
+        raise RuntimeError(
+            f"The compiled model was made for images of sides {sides} in tokens and img_ids now say {found}; call "
+            "torch.compiler.reset() to compile it again, or compile its blocks alone (compile_repeated_blocks)."
+        )
+    return ids.clone()
+
+
+@_same_segments.register_fake
+def _(ids: Tensor, sides: list[int]) -> Tensor:
+    return torch.empty_like(ids)
 
 
 def segments_of(ids: Tensor) -> tuple[Grid, ...]:

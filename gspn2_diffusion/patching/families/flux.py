@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...layers.init import dense_weight
-from .base import Family, Matrices, Site, attention_matrices, packed_layout
+from .base import Family, Matrices, Site, attention_matrices, packed_layout, packed_layout_guard
 
 ATTENTION = re.compile(r"(single_)?transformer_blocks\.\d+\.attn")
 
@@ -40,8 +40,15 @@ def matrices(model: Any, site: Site) -> Matrices:
 
 
 FAMILIES = (
-    Family("FluxTransformer2DModel", "Flux.1 dev, schnell, Kontext, Fill", find_sites, packed_layout, matrices),
-    Family("FluxControlNetModel", "ControlNets of Flux.1", find_sites, packed_layout, matrices),
-    Family("ChromaTransformer2DModel", "Chroma", find_sites, packed_layout, matrices),
-    Family("Flux2Transformer2DModel", "Flux.2", find_sites, packed_layout, matrices),
+    Family(
+        "FluxTransformer2DModel",
+        "Flux.1 dev, schnell, Kontext, Fill",
+        find_sites,
+        packed_layout,
+        matrices,
+        packed_layout_guard,
+    ),
+    Family("FluxControlNetModel", "ControlNets of Flux.1", find_sites, packed_layout, matrices, packed_layout_guard),
+    Family("ChromaTransformer2DModel", "Chroma", find_sites, packed_layout, matrices, packed_layout_guard),
+    Family("Flux2Transformer2DModel", "Flux.2", find_sites, packed_layout, matrices, packed_layout_guard),
 )
