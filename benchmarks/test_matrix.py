@@ -117,10 +117,10 @@ stay the model's own, so the cost is linear in the number of image tokens and th
   the message. IP-Adapters of Stable Diffusion and SDXL work.
 - Chroma builds its attention mask for all pairs of tokens before it calls the attention; with a mask, memory stays
   quadratic in the image.
-- Flux, Chroma and Flux.2 learn the map's sides from `img_ids`, which waits for the device once for each tensor. The whole
-  model compiles into one graph (`torch.compile(fullgraph=True)`), in which the sides are constants: another number of
-  tokens compiles it anew, other sides of the same number raise an error that says so. The compiled blocks alone
-  (`compile_repeated_blocks`) take any.
+- Flux, Chroma and Flux.2 learn the map's sides from `img_ids`, which waits for the device once for each tensor. The
+  whole model compiles into one graph (`torch.compile(fullgraph=True)`), in which the sides are constants: another
+  number of tokens compiles it anew, other sides of the same number raise an error that says so. The compiled blocks
+  alone (`compile_repeated_blocks`) take any.
 - Flux.2's cache of reference keys (`kv_cache_mode`) has no meaning for a scan and is refused.
 - Reference images (Kontext, Qwen-Image-Edit, Flux.2) are scanned beside the image on one canvas, aligned at the top.
 - Context parallelism is refused.
