@@ -1,4 +1,5 @@
-"""Runs the family tests and prints the table of supported models, one row for each family, one column for each concern.
+"""Runs the tests of families and neighbours and prints the page of supported models: a row for each family with a
+column for each concern, and a row for each neighbour with a column for each diffusers.
 
     python benchmarks/test_matrix.py --json newest.json
     python benchmarks/test_matrix.py --page docs/supported_models.md newest.json oldest.json
@@ -45,26 +46,89 @@ KINDS = {
 }
 
 
+NEIGHBOURS = {
+    "img2img, inpaint and others by `from_pipe`": ("test_pipelines_share_the_patched_unet",),
+    "ControlNet beside, and itself patched": (
+        "test_controlnet_beside_and_patched",
+        "test_controlnet_from_a_patched_unet",
+    ),
+    "LoRA, loaded before or after": ("TestLora",),
+    "IP-Adapter of UNets, loaded before or after": ("test_ip_adapter_in_either_order",),
+    "IP-Adapter inside joint attention (SD3, Flux)": ("test_ip_adapter_inside_joint_attention_is_refused",),
+    "perturbed-attention guidance": ("test_perturbed_attention_guidance_keeps_its_own", "test_pag_pipeline"),
+    "`set_attn_processor`, attention slicing, `fuse_qkv_projections`": ("test_are_noticed_and_put_back",),
+    "sequential and group CPU offload, before or after": ("TestOffloading",),
+    "layerwise casting (float8), before or after": ("test_layerwise",),
+    "torchao's int8 weights, base and layers": ("test_quantised_base",),
+    "`torch.compile`: UNet and Flux in one graph, repeated blocks": ("TestCompile",),
+    "first-block cache": ("test_first_block_cache",),
+    "deepcopy and pickle": ("test_copies_and_pickles",),
+    "`save_pretrained` of the patched pipeline": ("test_a_patched_pipeline_reloads_as_the_base_model",),
+    "averaged weights (`EMAModel`)": ("test_averages_of_the_layers",),
+    "DDP, two processes, other aspect ratios": ("test_ddp",),
+    "context parallelism": ("test_context_parallelism_is_refused",),
+}
+"""What else touches a model -> the tests of it, by parts of their names."""
+FILES = ("families", "neighbours", "patching", "parallel")
+
+
 class Collector:
-    """Keeps the outcome of each test of a family."""
+    """Keeps the outcome of each test of a family, and of each test of a neighbour."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, dict[str, list[str]]] = {}
+        self.neighbours: dict[str, list[str]] = {}
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(self, item: Any) -> Any:
-        report = (yield).get_result()
-        family = getattr(item, "callspec", None) and item.callspec.params.get("family")
-        if family and (report.when == "call" or report.outcome != "passed"):
-            self.outcomes.setdefault(family, {}).setdefault(item.originalname, []).append(report.outcome)
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        test, _, parameters = report.nodeid.partition("[")
+        family = parameters.rstrip("]").split("-")[0]
+        if family in FAMILIES and "test_families.py" in test:
+            self.outcomes.setdefault(family, {}).setdefault(test.rpartition("::")[2], []).append(report.outcome)
+        for neighbour, names in NEIGHBOURS.items():
+            if any(name in test for name in names):
+                self.neighbours.setdefault(neighbour, []).append(report.outcome)
 
 
 def run() -> dict[str, Any]:
     """Runs the tests and returns their outcomes with the versions they ran with."""
     collector = Collector()
-    pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "test_families.py")], plugins=[collector])
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in FILES]
+    pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[collector])
     versions = {module.__name__: module.__version__ for module in (diffusers, transformers, torch)}
-    return {"versions": versions, "python": platform.python_version(), "outcomes": collector.outcomes}
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "outcomes": collector.outcomes,
+        "neighbours": collector.neighbours,
+    }
+
+
+def verdict(outcomes: list[str]) -> str:
+    if "failed" in outcomes:
+        return "failed"
+    return "✓" if "passed" in outcomes else "-"
+
+
+def neighbours(runs: list[dict[str, Any]]) -> list[str]:
+    """Lines of the second table."""
+    versions = [f"diffusers {entry['versions']['diffusers']}" for entry in runs]
+    lines = [
+        "## Neighbours",
+        "",
+        "What else touches a model, tested on tiny real ones (`tests/test_neighbours.py`, `test_patching.py`, "
+        "`test_parallel.py`). A dash: this diffusers does not have it.",
+        "",
+        "| neighbour | outcome | " + " | ".join(versions) + " |",
+        "|" + "---|" * (len(runs) + 2),
+    ]
+    for neighbour, names in NEIGHBOURS.items():
+        cells = [verdict(entry["neighbours"].get(neighbour, [])) for entry in runs]
+        outcome = "refused with a message" if any("refused" in name for name in names) else "works"
+        outcome = "noticed and put back" if "test_are_noticed_and_put_back" in names else outcome
+        lines.append(f"| {neighbour} | {outcome} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def page(runs: list[dict[str, Any]]) -> str:
@@ -84,16 +148,13 @@ def page(runs: list[dict[str, Any]]) -> str:
             if any("skipped" not in outcomes for outcomes in entry["outcomes"].get(name, {}).values()):
                 ran.append(entry)
         for test in CONCERNS.values():
-            outcomes = [outcome for entry in ran for outcome in entry["outcomes"][name].get(test, [])]
-            if not outcomes or set(outcomes) == {"skipped"}:
-                cells.append("-")
-            else:
-                cells.append("✓" if "failed" not in outcomes else "failed")
+            cells.append(verdict([o for entry in ran for o in entry["outcomes"][name].get(test, [])]))
         kind = KINDS[family.find_sites.__module__.rpartition(".")[2]]
         versions = ", ".join(entry["versions"]["diffusers"] for entry in ran) or "not tested"
         lines.append(f"| `{name}` | {family.examples} | {kind} | " + " | ".join(cells) + f" | {versions} |")
     lines += [
         "",
+        *neighbours(runs),
         "Run with `python benchmarks/test_matrix.py`, on a CPU, on " + datetime.date.today().isoformat() + ":",
         "",
     ]

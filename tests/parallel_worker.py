@@ -1,4 +1,4 @@
-"""Runs on each rank of test_parallel.py: sharded scans and a sharded UNet, results to a file for each rank."""
+"""Runs on each rank of test_parallel.py: sharded scans, a sharded UNet and a step of DDP, results to a file each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
 
 from gspn2_diffusion import GSPN2Config, apply_gspn2
 from gspn2_diffusion.parallel import row_heights, shard_rows, sharded_gspn2_scan
@@ -50,7 +51,7 @@ def scan_inputs(name: str) -> tuple[dict[str, torch.Tensor | None], torch.Tensor
 
 def unet() -> torch.nn.Module:
     """A patched UNet whose layers are not neutral."""
-    model = tiny_models.unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
+    model = tiny_models.unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")).requires_grad_(False)
     apply_gspn2(model, config=GSPN2Config(proxy_dim=8, init="random"))
     return model
 
@@ -63,6 +64,14 @@ def scan_shard(name: str, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
     y = sharded_gspn2_scan(*mine.values(), heights=heights, group=group, **options)
     y.backward(grad.split(heights, 1)[rank])
     return {"y": y.detach(), **{n: t.grad for n, t in mine.items() if t is not None}}
+
+
+def gradients(model: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
+    """Of the new layers, in a training step; another aspect ratio on each rank."""
+    height, width = UNETS[2]
+    sides = (width, height) if rank else (height, width)
+    model(**tiny_models.unet_inputs(*sides, seed=rank)).sample.square().mean().backward()
+    return {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def run(rank: int, folder: Path) -> None:
@@ -82,6 +91,9 @@ def run(rank: int, folder: Path) -> None:
             with shard_rows(model, group):
                 results[f"{ranks}/unet"] = model(**inputs).sample
             results[f"{ranks}/unet after"] = model(**inputs).sample
+        if ranks == 2:
+            averaged = gradients(DistributedDataParallel(model, process_group=group), rank)
+            results |= {f"ddp/{name}": gradient for name, gradient in averaged.items()}
     save_file({key: value.contiguous() for key, value in results.items()}, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 

@@ -132,6 +132,21 @@ class TestLora:
         remove_gspn2(unet)
         assert torch.equal(run(unet), run(tiny_models.unet()))
 
+    @pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel"])
+    @torch.no_grad()
+    def test_in_joint_attention_all_stay_live(self, name):
+        """Text is still read by softmax, so queries, keys and values keep their LoRA."""
+        case = CASES[name]
+        model, inputs = case.build(), case.inputs(3, 5)
+        apply_gspn2(model, config=RANDOM)
+        student = call(model, inputs)
+        for part in ("to_q", "add_k_proj", "add_v_proj"):
+            model.add_adapter(LoraConfig(r=2, target_modules=[part], init_lora_weights=False))
+            assert not torch.equal(call(model, inputs), student)
+            model.delete_adapters("default")
+            model.unload_lora()
+        torch.testing.assert_close(call(model, inputs), student)
+
     def test_none_of_our_layers_gets_one(self, patched):
         patched.add_adapter(LORA)
         assert not any("gspn2" in name for name in patched.state_dict() if "lora" in name)
@@ -170,21 +185,33 @@ def test_ip_adapter_in_either_order(unet):
     assert torch.equal(first, second) and in_place(unet) and in_place(other)
 
 
-def test_ip_adapter_inside_joint_attention_is_refused():
+def sd3_ip_adapter():
     from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 
-    model = CASES["SD3Transformer2DModel"].build()
-    attention = model.transformer_blocks[1].attn
+    return SD3IPAdapterJointAttnProcessor2_0(16, 16, 2)
+
+
+def flux_ip_adapter():
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    return FluxIPAdapterAttnProcessor(16, 16)
+
+
+@pytest.mark.parametrize("name, processor", [("SD3", sd3_ip_adapter), ("Flux", flux_ip_adapter)], ids=["sd3", "flux"])
+def test_ip_adapter_inside_joint_attention_is_refused(name, processor):
+    case = CASES[f"{name}Transformer2DModel"]
+    model = case.build()
+    attention = model.transformer_blocks[-1].attn
     plain = attention.processor
-    attention.set_processor(SD3IPAdapterJointAttnProcessor2_0(16, 16, 2))
+    attention.set_processor(processor())
     with pytest.raises(ValueError, match="unload_ip_adapter"):
         apply_gspn2(model)
     assert not patched_modules(model)
     attention.set_processor(plain)
     apply_gspn2(model)
-    attention.set_processor(SD3IPAdapterJointAttnProcessor2_0(16, 16, 2))
+    attention.set_processor(processor())
     with pytest.raises(ValueError, match="unload_ip_adapter"):
-        call(model, CASES["SD3Transformer2DModel"].inputs(3, 5))
+        call(model, case.inputs(3, 5))
 
 
 def sequential(model):

@@ -1,4 +1,4 @@
-"""Four gloo processes, and two of them, against one process: the reference scan and the whole UNet."""
+"""Four gloo processes, and two of them, against one process: the reference scan, the whole UNet, a step of DDP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gspn2_diffusion.parallel import row_heights, shard_rows
 from gspn2_diffusion.parallel.scan import channel_slices
 
 from . import tiny_models
-from .parallel_worker import SCANS, UNETS, scan_inputs, unet
+from .parallel_worker import SCANS, UNETS, gradients, scan_inputs, unet
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,15 @@ def test_unet_equals_one_process(ranks, count):
         torch.testing.assert_close(ranks[rank][f"{count}/unet"], expected, atol=2e-5, rtol=1e-4)
         assert torch.equal(ranks[rank][f"{count}/unet"], ranks[0][f"{count}/unet"])
         assert torch.equal(ranks[rank][f"{count}/unet after"], expected)
+
+
+def test_ddp_averages_the_gradients(ranks):
+    """Two processes with pictures of different aspect ratios against the mean of the two by themselves."""
+    alone = [gradients(unet(), rank) for rank in range(2)]
+    for name, first in alone[0].items():
+        for rank in range(2):
+            got = ranks[rank][f"ddp/{name}"]
+            torch.testing.assert_close(got, (first + alone[1][name]) / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_row_heights():
