@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.family_calls import random_call
-from benchmarks.sdxl import SDXL, capture
+from benchmarks.sdxl import SDXL, capture, made_in
 from gspn2_diffusion import GSPN2Config, apply_gspn2, fuse_gspn2, remove_gspn2
 from gspn2_diffusion.patching.families import FAMILIES
 
@@ -148,13 +149,8 @@ def build(model: Model, depth: int | None, device: torch.device, dtype: torch.dt
     if "dual_attention_layers" in config:
         config["dual_attention_layers"] = tuple(i for i in config["dual_attention_layers"] if i < config["num_layers"])
     torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return getattr(diffusers, model.name)(**config).eval().requires_grad_(False).to(dtype)
-    finally:
-        torch.set_default_dtype(default)
+    with made_in(str(device), dtype):
+        return getattr(diffusers, model.name)(**config).eval().requires_grad_(False).to(dtype)
 
 
 def sites_of(model: Any) -> list[Any]:
@@ -218,7 +214,12 @@ def measure(
     first = milliseconds(call, device)
     row: dict[str, Any] = {"gib": f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if cuda else ""}
     graph = graph and cuda and never_waits(call)
-    replay = capture(call) if graph else call
+    replay = call
+    if graph:
+        try:
+            replay = capture(call)
+        except RuntimeError:
+            graph = False
     taken, started = [] if graph else [first], time.monotonic()
     while not taken or (len(taken) < args.repeats and time.monotonic() - started + taken[-1] / 1000 < args.seconds):
         taken.append(milliseconds(replay, device))
@@ -289,6 +290,10 @@ def rows_of(name: str, args: argparse.Namespace, device: torch.device, deadline:
                 last = float(row["ms"])
             except torch.OutOfMemoryError:
                 row["error"] = "out of memory"
+            except (RuntimeError, ValueError) as error:
+                # One that fails must not take the others' figures with it.
+                traceback.print_exc()
+                row["error"] = str(error).partition("\n")[0]
             inputs = {}
             gc.collect()
             if device.type == "cuda":
