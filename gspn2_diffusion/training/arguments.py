@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..layers import GSPN2Config
+from ..loading import SHIPPED
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -195,6 +196,7 @@ class TrainingArguments:
             "control",
         )
         for idle, names, remedy in (
+            (self._is_folder(), ("revision",), "the model is a folder, not on the hub"),
             (self.adapter is not None, layer_options, "--adapter brings its own options"),
             (self.control is not None, ("segment",), "--control none sets the segment"),
             (self.dataset_name is None, ("dataset_config_name", "dataset_split", "data_files", "image_column"),
@@ -213,6 +215,10 @@ class TrainingArguments:
         ):  # fmt: skip
             if idle and (flags := changed(*names)):
                 raise ValueError(f"{', '.join(flags)} would have no effect: {remedy}.")
+
+    def _is_folder(self) -> bool:
+        name = self.pretrained_model_name_or_path or ""
+        return name == SHIPPED or Path(name).is_dir()
 
     def operator_config(self) -> GSPN2Config:
         """The options of new layers."""
@@ -242,13 +248,19 @@ class TextToImageArguments(TrainingArguments):
     layer_loss_weight: float = _help("Weight of the loss against the outputs of the teacher's attentions.", 0.0)
 
 
+def make_parser(kind: type[TrainingArguments] = TrainingArguments) -> HfArgumentParser:
+    """The parser of a training script's flags."""
+    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", help="YAML file of flags.")
+    return parser
+
+
 def parse_args(kind: type[TrainingArguments] = TrainingArguments, argv: list[str] | None = None) -> TrainingArguments:
     """Command line -> options. `--config FILE.yaml` holds any of the flags; those on the command line win.
 
     A flag or key that does not exist, or an abbreviation of one that does, ends the program with a message.
     """
-    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)  # type: ignore[arg-type]
-    parser.add_argument("--config", help="YAML file of flags.")
+    parser = make_parser(kind)
     first, _ = parser.parse_known_args(argv)
     if first.config:
         try:
