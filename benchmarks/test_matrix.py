@@ -47,7 +47,7 @@ KINDS = {
 
 
 NEIGHBOURS = {
-    "img2img, inpaint and others by `from_pipe`": ("test_pipelines_share_the_patched_unet",),
+    "img2img and inpaint by `from_pipe`": ("test_pipelines_share_the_patched_unet", "test_other_tasks_from_pipe"),
     "ControlNet beside, and itself patched": (
         "test_controlnet_beside_and_patched",
         "test_controlnet_from_a_patched_unet",
@@ -118,7 +118,7 @@ def neighbours(runs: list[dict[str, Any]]) -> list[str]:
         "## Neighbours",
         "",
         "What else touches a model, tested on tiny real ones (`tests/test_neighbours.py`, `test_patching.py`, "
-        "`test_parallel.py`). A dash: this diffusers does not have it.",
+        "`test_parallel.py`). A dash: this diffusers does not have it, or the library was not there.",
         "",
         "| neighbour | outcome | " + " | ".join(versions) + " |",
         "|" + "---|" * (len(runs) + 2),

@@ -86,6 +86,32 @@ class TestReplacedProcessors:
         assert "put back" not in caplog.text and in_place(patched)
 
 
+@pytest.mark.parametrize("task", ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"])
+def test_other_tasks_from_pipe(task):
+    """The pipeline made from a patched one draws with the patch, and without it once that is removed."""
+    import diffusers
+
+    pipe = tiny_models.sd_pipe()
+    other = getattr(diffusers, task).from_pipe(pipe, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    inputs = {"image": image, "num_inference_steps": 2, "output_type": "np", "height": 24, "width": 40}
+    if "Inpaint" in task:
+        inputs["mask_image"] = (image[:, :1] > 0.5).float()
+    else:
+        del inputs["height"], inputs["width"]
+
+    def draw():
+        return torch.from_numpy(other("a", generator=torch.Generator().manual_seed(1), **inputs).images)
+
+    teacher = draw()
+    apply_gspn2(pipe, config=RANDOM)
+    student = draw()
+    assert student.shape == (1, 24, 40, 3) and not torch.equal(student, teacher)
+    remove_gspn2(other)
+    assert torch.equal(draw(), teacher)
+
+
 class TestSaving:
     def test_a_patched_pipeline_reloads_as_the_base_model(self, tmp_path, caplog):
         pipe = tiny_models.sd_pipe()
