@@ -98,6 +98,11 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
         self._derive()
 
     @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
+        # Every type may come. diffusers 0.35 fails on annotations that are strings or unions.
+        return dict.fromkeys(inspect.signature(cls.__init__).parameters, (inspect.Signature.empty,))
+
+    @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> GSPN2UpscalePipeline:
         """Puts the upscaling around a stock text-to-image pipeline; all components are shared, none is copied or cast.
 
