@@ -115,6 +115,12 @@ def denoiser(pipe_or_model: Any) -> nn.Module:
     )
 
 
+def skip_buffers(model: nn.Module) -> list[Tensor]:
+    """Where the skip connections of `offload_skips` wait."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return [buffer for hook in hooks if isinstance(hook, _StoreHook) for buffer in hook.buffers]
+
+
 @contextmanager
 def _vae_tiling(vae: Any) -> Iterator[None]:
     before = vae.use_tiling

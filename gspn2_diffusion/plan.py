@@ -29,9 +29,10 @@ from torch.utils.flop_counter import flop_registry
 
 from .adapter import GSPN2Adapter
 from .layers import GSPN2Config
-from .memory import available_switches, denoiser, memory_switches
+from .memory import active_switches, available_switches, denoiser, memory_switches, skip_buffers
 from .ops import eager
 from .patching import apply_gspn2
+from .patching.fuse import folded_weights
 from .pipelines.gspn2_upscale import STRENGTHS, VAE_TILING_ABOVE, stage_sizes
 
 # What the plan assumes; everything else is counted or timed.
@@ -223,6 +224,41 @@ def plan(
     return Plan(f"{type(unet).__name__}, {replaced} GSPN-2 layers", _device_name(device), stages, limit)
 
 
+@dataclass(frozen=True)
+class Rescue:
+    """What would make a denoising call fit.
+
+    Args:
+        switches: those to turn on beside the ones that are, cheapest first; none where it should fit as it is.
+        before, after: peak bytes without and with them, weights included.
+        limit: bytes that may be used.
+    """
+
+    switches: dict[str, Any]
+    before: int
+    after: int
+    limit: int
+
+
+@torch.no_grad()
+def rescue(pipe: Any, height: int, width: int, *, guidance: bool = True) -> Rescue:
+    """The switches that a denoising call of a pipeline at (height, width) pixels needs, on top of those that are on.
+
+    Raises:
+        TypeError: no UNet pipeline.
+    """
+    unet, vae, device, dtype, other_bytes = _load(pipe, None, None, None, None)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    latent, batch = (height // factor, width // factor), 2 if guidance else 1
+    weights, limit = _bytes_of(unet) + _bytes_of(vae) + other_bytes, int(USABLE * _memory_of(device))
+    on = active_switches(pipe)
+    # The only one that a copy of the model loses.
+    with memory_switches(unet, guidance_in_turn="guidance_in_turn" in on):
+        before = _peak(lambda: _call_unet(unet, batch, latent, dtype), device)
+        switches, after = _choose_switches(unet, batch, latent, dtype, limit - weights, device, before, skip=on)
+    return Rescue(switches, weights + before, weights + after, limit)
+
+
 def _shrunk(latent: tuple[int, int], scale: float, unit: int) -> tuple[int, int]:
     """`latent` times `scale`, if that is below 1, in whole multiples of `unit`."""
     if scale >= 1:
@@ -279,6 +315,8 @@ def _apply_on_meta(unet: Any, adapter: Any, config: GSPN2Config | None) -> None:
 def _on_meta(model: nn.Module, dtype: torch.dtype) -> Any:
     """A copy of a model, with its hooks, whose tensors have no data."""
     memo: dict[int, Any] = {}
+    for tensor in [*folded_weights(model), *skip_buffers(model)]:
+        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = torch.empty_like(tensor, device="meta", dtype=dtype if tensor.is_floating_point() else None)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
@@ -371,17 +409,24 @@ def _tile_sides(vae: Any, latent: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _choose_switches(
-    unet: Any, batch: int, latent: tuple[int, int], dtype: torch.dtype, room: int, device: torch.device, peak: int
+    unet: Any,
+    batch: int,
+    latent: tuple[int, int],
+    dtype: torch.dtype,
+    room: int,
+    device: torch.device,
+    peak: int,
+    skip: Sequence[str] = (),
 ) -> tuple[dict[str, Any], int]:
     """The fewest switches, cheapest first, with which a denoising call fits into `room`, and its peak; `peak` is that
-    without switches."""
+    without switches, `skip` names those that are not to be tried."""
     candidates: dict[str, Any] = {"guidance_in_turn": True} if batch > 1 else {}
     candidates |= {"feed_forward_tokens": FEED_FORWARD_TOKENS, "offload_skips": True}
     chosen: dict[str, Any] = {}
     for name, value in candidates.items():
         if peak <= room:
             break
-        if name not in available_switches(unet) or (name == "offload_skips" and device.type != "cuda"):
+        if name in skip or name not in available_switches(unet) or (name == "offload_skips" and device.type != "cuda"):
             continue
         with memory_switches(unet, **chosen, **{name: value}):
             lower = _peak(lambda: _call_unet(unet, batch, latent, dtype), device)

@@ -315,7 +315,7 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                     raise
-                message = self._out_of_memory(stage, size, error)
+                message = self._out_of_memory(stock, stage, size, error)
                 raise torch.OutOfMemoryError(message) from error
             finally:
                 self.maybe_free_model_hooks()
@@ -323,16 +323,35 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
             raise InterruptedError(f"Stopped in stage {stage + 1}; call again with the same folder to go on.")
         return image
 
-    def _out_of_memory(self, stage: int, size: tuple[int, int], error: BaseException) -> str:
+    def _out_of_memory(self, stock: Any, stage: int, size: tuple[int, int], error: BaseException) -> str:
         in_vae = any(owner is self.vae for owner in _owners(error.__traceback__))
         off = [name for name in available_switches(self) if name not in active_switches(self)]
         helpful = [name for name in off if (name == "vae_tiling") == in_vae]
+        needs = "" if in_vae else self._needs(stock, size)
         remedies = [f"{name} ({SWITCHES[name]})" for name in helpful]
         if not getattr(self, "_all_hooks", None):
             remedies.append("enable_model_cpu_offload()")
-        advice = f"turn on {', or '.join(remedies)}" if remedies else "make a smaller picture"
+        advice = needs or (f"turn on {', or '.join(remedies)}" if remedies else "make a smaller picture")
         where = "the VAE" if in_vae else "the denoiser"
         return f"Out of memory in {where} at {size[1]} x {size[0]} (stage {stage + 1}); {advice}. ({error})"
+
+    def _needs(self, stock: Any, size: tuple[int, int]) -> str:
+        """Which switches the plan says would have helped; nothing where it cannot say."""
+        from gspn2_diffusion.plan import rescue
+
+        try:
+            found = rescue(self, *size, guidance=getattr(stock, "do_classifier_free_guidance", True))
+        except Exception as problem:  # in an error's message, whatever goes wrong must not hide that error
+            logger.debug("No plan for the error's message: %s", problem)
+            return ""
+        before, after, limit = (f"{count / 2**30:.3g}" for count in (found.before, found.after, found.limit))
+        names = " and ".join(f"{name} ({SWITCHES[name]})" for name in found.switches)
+        if not names and found.before <= found.limit:
+            return ""
+        if not names:
+            return f"it needs about {before} of {limit} GiB and no further switch would help: make a smaller picture"
+        enough = "" if found.after <= found.limit else ", which is still too much: make a smaller picture too"
+        return f"turn on {names}: it would need about {after} GiB instead of {before}, of {limit}{enough}"
 
 
 def stage_sizes(height: int, width: int, base_size: int, multiple: int) -> list[tuple[int, int]]:

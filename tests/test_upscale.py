@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     SD3Transformer2DModel,
@@ -18,7 +24,8 @@ from gspn2_diffusion.pipelines import gspn2_upscale
 from gspn2_diffusion.pipelines.gspn2_upscale import GSPN2UpscalePipeline
 from PIL import Image
 
-from gspn2_diffusion import apply_gspn2, gspn2_disabled
+from gspn2_diffusion import apply_gspn2, fuse_gspn2, gspn2_disabled, plan
+from gspn2_diffusion.memory import memory_switches
 
 from . import tiny_models
 
@@ -173,6 +180,81 @@ def test_resumes_to_the_same_picture(pipe, tmp_path, when, seed):
     assert names == ["stage_1_16x16.png", "stage_2_24x32.png", "stage_3_40x64.png", "state.json"]
 
 
+@pytest.mark.parametrize("make", [tiny_models.sd_pipe, tiny_models.sdxl_pipe])
+def test_resumes_after_every_single_step(make, tmp_path):
+    """Stopped again and again, after one further step or stage each time; patched, with a scheduler that adds noise."""
+    stock = make()
+    stock.scheduler = EulerAncestralDiscreteScheduler.from_config(stock.scheduler.config)
+    pipe = GSPN2UpscalePipeline.from_pipe(stock)
+    pipe.set_progress_bar_config(disable=True)
+    apply_gspn2(pipe)
+    whole = pipe(**CALL, generator=seeded(5)).stages
+    left = 0
+
+    def stop(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Interrupted
+        return {}
+
+    stops = 0
+    while True:
+        left = stops
+        try:
+            resumed = pipe(
+                **CALL,
+                generator=seeded(5),
+                folder=tmp_path,
+                callback_on_step_end=stop,
+                callback_on_stage_end=stop,
+            )
+        except Interrupted:
+            stops += 1
+            continue
+        break
+    assert stops > 3
+    assert [image.tobytes() for image in resumed.stages] == [image.tobytes() for image in whole]
+
+
+KILLED = """
+import os, signal, sys
+from gspn2_diffusion.pipelines import gspn2_upscale
+from tests import test_upscale, tiny_models
+pipe = gspn2_upscale.GSPN2UpscalePipeline.from_pipe(tiny_models.sd_pipe())
+replace = os.replace
+def kill(source, target):
+    if os.path.basename(target).startswith("stage_2"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill
+pipe(**test_upscale.CALL, generator=test_upscale.seeded(5), folder=sys.argv[1])
+"""
+
+
+def test_killed_while_a_stage_is_saved(pipe, tmp_path):
+    """Once before the picture has its place (by SIGKILL), once before the state knows of it."""
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    whole = pipe(**CALL, generator=seeded(5)).images[0].tobytes()
+    state = tmp_path / "state.json"
+    ran: list[int] = []
+    for _ in range(2):
+        before = json.loads(state.read_text())
+        assert len(before["stages"]) == 1
+        resumed = pipe(
+            **CALL, generator=seeded(5), folder=tmp_path, callback_on_stage_end=lambda *at: ran.append(at[0])
+        )
+        assert resumed.images[0].tobytes() == whole
+        state.write_text(json.dumps(before))
+    assert ran == [1, 2, 1, 2]
+
+
 def test_a_changed_stage_is_made_again(pipe, tmp_path):
     whole = pipe(**CALL, generator=seeded(), folder=tmp_path)
     file = tmp_path / json.loads((tmp_path / "state.json").read_text())["stages"][1]["file"]
@@ -235,6 +317,61 @@ def test_out_of_memory_names_the_switch(pipe, part, remedy):
         pipe(**CALL)
     handle.remove()
     assert len(pipe(**CALL).stages) == 3
+
+
+def test_out_of_memory_names_the_switches_that_would_have_helped(pipe, monkeypatch):
+    """By the plan's walk, on devices made too small for everything, and for all but the halves in turn."""
+    apply_gspn2(pipe)
+    fuse_gspn2(pipe)
+
+    def fail(module, args):
+        if args[0].device.type != "meta":
+            raise torch.OutOfMemoryError("Tried to allocate 20 GiB")
+
+    def message(room: int) -> str:
+        monkeypatch.setattr(plan, "_memory_of", lambda device: int(room / plan.USABLE) + 1)
+        with pytest.raises(torch.OutOfMemoryError) as raised:
+            pipe(**CALL)
+        return str(raised.value)
+
+    pipe(**CALL)  # folded weights are there now
+    whole = plan.rescue(pipe, 16, 16)
+    assert whole.switches == {} and whole.before == whole.after < whole.limit
+    handle = pipe.unet.mid_block.register_forward_pre_hook(fail)
+    assert "turn on guidance_in_turn (" in (enough := message(whole.before - 1))
+    assert "it would need about" in enough and "too much" not in enough and "20 GiB" in enough
+    assert "which is still too much: make a smaller picture too" in message(1)
+    with memory_switches(pipe, guidance_in_turn=True):
+        halves = plan.rescue(pipe, 16, 16)
+        assert halves.before < whole.before and halves.switches == {}
+        assert "no further switch would help: make a smaller picture" in message(1)
+        # It should fit: something else holds the memory, so all that is left is named.
+        assert "or offload_skips (" in message(10 * whole.before)
+    handle.remove()
+    assert len(pipe(**CALL).stages) == 3
+
+
+@pytest.mark.gpu
+def test_a_real_lack_of_memory_is_mended_by_the_named_switch():
+    pipe = GSPN2UpscalePipeline.from_pipe(tiny_models.sd_pipe().to("cuda"))
+    pipe.set_progress_bar_config(disable=True)
+    apply_gspn2(pipe)
+    call = dict(prompt="a cat", height=768, width=768, num_inference_steps=1, base_size=768, vae_tiling=True)
+    needs = plan.rescue(pipe, 768, 768)
+    total = torch.cuda.get_device_properties(0).total_memory
+    with memory_switches(pipe, guidance_in_turn=True):
+        pipe(**call)  # libraries take their own memory now
+        halved = plan.rescue(pipe, 768, 768)
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction((needs.before + halved.before) / 2 / total)
+        with pytest.raises(torch.OutOfMemoryError, match=r"turn on .*guidance_in_turn"):
+            pipe(**call)
+        torch.cuda.empty_cache()
+        with memory_switches(pipe, guidance_in_turn=True):
+            assert pipe(**call).images[0].size == (768, 768)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_vae_is_tiled_only_above_the_threshold(pipe, monkeypatch):

@@ -63,6 +63,12 @@ def unfuse_gspn2(pipe_or_model: Any) -> None:
                     module._old_forward = type(module).forward.__get__(module)
 
 
+def folded_weights(model: nn.Module) -> list[Tensor]:
+    """The products that `fuse_gspn2` keeps; they are in no state dict."""
+    folds = [vars(module)[FOLD] for module in model.modules() if FOLD in vars(module)]
+    return [weight for fold in folds for weight in fold.weights.values()]
+
+
 class _Fold:
     """Stands for the forward of a layer (`mix`) and of the projection after it (`project`).
 
