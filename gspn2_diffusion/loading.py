@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,9 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> None:
     step = getattr(pipe, "vae_scale_factor", 8)
     # Transformers also cut the latent into patches.
     patch = getattr(getattr(getattr(pipe, "transformer", None), "config", None), "patch_size", None)
-    step *= patch if isinstance(patch, int) else 1
+    # Flux packs 2 x 2 latents into a token and says nothing of it in its config.
+    packed = 2 if hasattr(pipe, "_pack_latents") else 1
+    step *= max(patch if isinstance(patch, int) else 1, packed)
     for name, side in (("height", height), ("width", width)):
         if side is not None and (side < 1 or side % step):
             near = max(step, round(side / step) * step)
@@ -120,9 +123,15 @@ def check_size(pipe: Any, height: int | None, width: int | None) -> None:
 def default_size(pipe: Any) -> tuple[int, int]:
     """(height, width) in pixels that the pipeline makes when not told otherwise."""
     model = getattr(pipe, "unet", None) or pipe.transformer
-    sample = model.config.sample_size
+    sample = model.config.get("sample_size") or pipe.default_sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def exact_size(pipe: Any) -> dict[str, bool]:
+    """The argument that keeps PixArt's and Sana's pipelines from taking another size than they are asked for."""
+    known = "use_resolution_binning" in inspect.signature(pipe.__call__).parameters
+    return {"use_resolution_binning": False} if known else {}
 
 
 def writable_folder(folder: str | os.PathLike[str]) -> Path:

@@ -10,7 +10,7 @@ from gspn2_diffusion.assets import tiny_scenes_path
 from gspn2_diffusion.cli import main
 from gspn2_diffusion.evaluation import EvalPrompt, draw, evaluate_pipeline, load_prompts
 
-from .test_upscale import sd3_pipe
+from . import tiny_models
 from .training_runs import free_port, start_command
 
 
@@ -66,7 +66,7 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path) -> None:
 
 
 def test_transformers_are_drawn_from_the_seed_and_prompt_too() -> None:
-    pipe = sd3_pipe()
+    pipe = tiny_models.pixart_pipe()
     prompts = [EvalPrompt("a"), EvalPrompt("b")]
     options = dict(steps=1, height=32, width=32, progress=False)
     together = [drawn.image for drawn in draw(pipe, prompts, batch_size=2, **options)]

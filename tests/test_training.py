@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from gspn2_diffusion import GSPN2Adapter, apply_gspn2
+from gspn2_diffusion.loading import UserError
 from gspn2_diffusion.training import train
 from gspn2_diffusion.training.checkpoint import CheckpointError, checkpoints
 from gspn2_diffusion.training.encode import Conditioner, EncodedDataset
+from gspn2_diffusion.training.objective import Objective
 from gspn2_diffusion.training.report import plot_distances
 
 from . import tiny_models
@@ -26,6 +28,7 @@ from .tiny_families import CASES
 from .training_runs import SIZE, arguments, free_port, image_folder, log_of, start_child
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+BINNING = {"pixart": {"use_resolution_binning": False}}
 # One step whose change of the weights is the gradient: Adam with epsilon 1 moves by g / (|g| + 1).
 GRADIENT = {
     "max_train_steps": 1,
@@ -254,15 +257,73 @@ def test_sdxl_is_conditioned_as_its_pipeline_does(tmp_path: Path) -> None:
     torch.testing.assert_close(sample["added_cond_kwargs.text_embeds"].float(), pooled[0], rtol=1e-3, atol=1e-3)
 
 
-def test_stable_diffusion_3_trains_by_flow_matching(tmp_path: Path) -> None:
+FAMILIES = {
+    "sd3": (sd3_pipe, 1.0, False),
+    "pixart": (tiny_models.pixart_pipe, 1.0, False),
+    "flux": (tiny_models.flux_pipe, 0.001, True),
+    "flux-guidance": (lambda: tiny_models.flux_pipe(guidance_embeds=True), 0.001, True),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_train(name: str, tmp_path: Path) -> None:
+    """Flow matching (SD3, Flux on packed latents), epsilon with a learnt variance (PixArt); both stages."""
+    make, scale, packed = FAMILIES[name]
     data = image_folder(tmp_path / "data")
     out = tmp_path / "run"
-    args = arguments(Path("tiny-sd3"), data, out, layerwise_steps=10, max_train_steps=12, learning_rate=1e-3)
-    train(args, sd3_pipe())
-    assert EncodedDataset(tmp_path / "data-cache").facts == {"timestep_scale": 1.0, "packed": False}
+    args = arguments(Path("tiny"), data, out, layerwise_steps=10, max_train_steps=12, learning_rate=1e-3)
+    train(args, make())
+    facts = EncodedDataset(tmp_path / "data-cache").facts
+    assert facts == {"timestep_scale": pytest.approx(scale), "packed": packed}
     distances = [line["layer_distance"] for line in log_of(out) if "distance" in line]
     assert distances[-1] < distances[0]
-    apply_gspn2(sd3_pipe(), out)
+    apply_gspn2(make(), out)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_target_leads_the_pipelines_own_scheduler_to_the_picture(name: str) -> None:
+    """At each step of the pipeline: the training timestep of the same noise level is what its denoiser gets, and the
+    training target in place of the denoiser's output takes one last step of its scheduler to the clean latents."""
+    make, scale, _ = FAMILIES[name]
+    pipe = make()
+    objective = Objective(pipe.scheduler, scale)
+    seen: list[float] = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(float(kwargs["timestep"].flatten()[0])), with_kwargs=True
+    )
+    pipe(
+        "a",
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        output_type="latent",
+        guidance_scale=1.0,
+        **BINNING.get(name, {}),
+    )
+    hook.remove()
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    for given, timestep in zip(seen, pipe.scheduler.timesteps, strict=True):
+        assert given == pytest.approx(float(timestep) * scale)
+        # The index whose noise level the pipeline is at.
+        levels = objective.scheduler.timesteps if objective.flow else torch.arange(objective.steps)
+        index = (levels - timestep).abs().argmin().view(1)
+        noisy, trained, target = objective.noised(latents, noise, index)
+        assert float(trained) == pytest.approx(given, abs=1.001 * scale)
+        if objective.flow:
+            step = type(pipe.scheduler).from_config(pipe.scheduler.config)
+            step.set_timesteps(sigmas=[float(objective.scheduler.sigmas[index])])
+            back = step.step(target, step.timesteps[0], noisy).prev_sample
+        else:
+            pipe.scheduler._step_index = int((pipe.scheduler.timesteps == timestep).nonzero())
+            back = pipe.scheduler.convert_model_output(target, sample=noisy)
+        torch.testing.assert_close(back, latents, rtol=0, atol=2e-3)
+
+
+def test_sizes_that_cannot_be_packed_are_refused(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "data")
+    with pytest.raises(UserError, match="height is 18; this model needs a multiple of 4"):
+        train(arguments(Path("tiny"), data, tmp_path / "run", resolution=18), tiny_models.flux_pipe())
 
 
 def test_models_whose_training_is_not_tested_are_refused() -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..assets import scene_eval_prompts_path
-from ..loading import default_size
+from ..loading import default_size, exact_size
 from ..patching.families import find_model
 from .scene_eval import judge
 from .vocabulary import parse_prompt
@@ -220,6 +220,7 @@ def draw(
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
                     **options,
+                    **exact_size(pipe),
                 ).images
                 for place, (prompt, seed), image in zip(range(start, start + len(part)), part, images, strict=True):
                     yield Drawn(place, prompt, seed, image)

@@ -7,7 +7,6 @@ of the denoiser, whose arguments are kept.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..loading import check_size, default_size
+from ..loading import check_size, default_size, exact_size
 from ..patching.families import find_model
 from ..patching.grid import arguments_by_name
 from .arguments import TrainingArguments
@@ -31,7 +30,7 @@ from .data import Rows, Size, bucket_sizes, fit, fitting_size, open_picture
 logger = logging.getLogger(__name__)
 
 SAMPLE_NAMES = ("sample", "hidden_states")
-TRAINABLE = ("UNet2DConditionModel", "SD3Transformer2DModel")
+TRAINABLE = ("UNet2DConditionModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
 DROPPED = (*SAMPLE_NAMES, "timestep", "return_dict")
 POSITIONS = ("img_ids", "txt_ids")
 
@@ -78,8 +77,6 @@ class Conditioner:
         hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
         # Guidance off: one row for each caption. Models distilled for guidance take theirs as an input, so keep it.
         options = {} if getattr(self.denoiser.config, "guidance_embeds", False) else {"guidance_scale": 1.0}
-        if "use_resolution_binning" in inspect.signature(self.pipe.__call__).parameters:
-            options["use_resolution_binning"] = False
         try:
             self.pipe(
                 prompt=captions,
@@ -89,6 +86,7 @@ class Conditioner:
                 output_type="latent",
                 generator=torch.Generator().manual_seed(0),
                 **options,
+                **exact_size(self.pipe),
             )
         except _Stop:
             pass
