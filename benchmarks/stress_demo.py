@@ -2,23 +2,29 @@
 
     python benchmarks/stress_demo.py --requests 200 --clients 8
 
-It starts the demo itself (the shipped model, or `--model` and `--adapter`). Every good request must come back with the
-very pixels that the same request paints alone; every malformed one must be refused with words; a healthy request must
-still work at the end. Memory is printed. Exit status 1 if anything of this fails.
+It starts `gspn2 demo` itself (the shipped model, or `--model` and `--adapter`). Every good request must come back with
+the very pixels that the same request paints alone; every malformed one must be refused with words; a healthy request
+must still work at the end; the server's memory may not grow by a tenth after the first quarter (of 100 requests or
+more). Exit status 1 if anything of this fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import platform
 import queue
 import random
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +33,7 @@ import psutil
 from gradio_client import Client
 from PIL import Image
 
-from gspn2_diffusion.demo import Limits, launch
+from gspn2_diffusion.demo import Limits
 from gspn2_diffusion.demo.library import ATTENTION_LABEL, Library
 from gspn2_diffusion.demo.painting import Request, paint
 
@@ -104,7 +110,9 @@ def pictures_of(answer: tuple) -> list[np.ndarray]:
     return [np.asarray(Image.open(entry["image"]).convert("RGB")) for entry in answer[0]]
 
 
-def visitor(address: str, work: queue.Queue, report: Report, guard: threading.Lock, folder: str) -> None:
+def visitor(
+    address: str, server: psutil.Process, work: queue.Queue, report: Report, guard: threading.Lock, folder: str
+) -> None:
     client = Client(address, verbose=False, download_files=folder, analytics_enabled=False)
     while True:
         try:
@@ -119,7 +127,7 @@ def visitor(address: str, work: queue.Queue, report: Report, guard: threading.Lo
         seconds = time.perf_counter() - begun
         with guard:
             report.seconds.append(seconds)
-            report.memory.append(psutil.Process().memory_info().rss)
+            report.memory.append(server.memory_info().rss)
             short = json.dumps({name: str(request[name])[:30] for name in ORDER})
             if wanted is None:
                 if refusal is None:
@@ -139,8 +147,33 @@ def visitor(address: str, work: queue.Queue, report: Report, guard: threading.Lo
                     report.failures.append(f"wrong picture: {short}")
 
 
-def stress(models: list[str], adapters: list[str], requests: int, clients: int, steps: int, seed: int = 0) -> Report:
-    """Runs the whole of it against a demo of its own."""
+@contextmanager
+def served(models: list[str], adapters: list[str]) -> Iterator[tuple[str, psutil.Process]]:
+    """`gspn2 demo` in a process of its own: its address, and the process, whose memory is the server's alone."""
+    options = [f"--model={model}" for model in models] + [f"--adapter={adapter}" for adapter in adapters]
+    command = [sys.executable, "-m", "gspn2_diffusion.cli", "demo", "--device", "cpu", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = next((re.search(r"http://\S+", line) for line in process.stdout if "The demo is at" in line), None)
+            if found is None:
+                raise SystemExit("gspn2 demo ended before it served anything; what it says is above.")
+            yield found[0], psutil.Process(process.pid)
+        finally:
+            process.terminate()
+
+
+def stress(
+    address: str,
+    server: psutil.Process,
+    models: list[str],
+    adapters: list[str],
+    requests: int,
+    clients: int,
+    steps: int,
+    seed: int = 0,
+) -> Report:
+    """Runs the whole of it against the demo at `address`, which offers `models` and `adapters`."""
     print(f"seed {seed}")
     chance = random.Random(seed)
     library = Library(models, adapters, device="cpu")
@@ -155,21 +188,18 @@ def stress(models: list[str], adapters: list[str], requests: int, clients: int, 
     work: queue.Queue = queue.Queue()
     for job in jobs:
         work.put(job)
-    demo, address = launch(models, adapters, device="cpu", block=False)
     report, guard = Report(), threading.Lock()
     folder = tempfile.mkdtemp(prefix="gspn2-stress-")
+    common = (address, server, work, report, guard, folder)
     try:
-        threads = [
-            threading.Thread(target=visitor, args=(address, work, report, guard, folder)) for _ in range(clients)
-        ]
+        threads = [threading.Thread(target=visitor, args=common) for _ in range(clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         work.put(pool[0])
-        visitor(address, work, report, guard, folder)  # still alive, still right
+        visitor(*common)  # still alive, still right
     finally:
-        demo.close()
         shutil.rmtree(folder, ignore_errors=True)
     return report
 
@@ -184,14 +214,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the refusals' words")
     args = parser.parse_args()
-    begun = time.perf_counter()
-    report = stress(args.model, args.adapter, args.requests, args.clients, args.steps, args.seed)
-    half = report.memory[len(report.memory) // 2 :]
+    with served(args.model, args.adapter) as (address, server):
+        begun = time.perf_counter()
+        report = stress(address, server, args.model, args.adapter, args.requests, args.clients, args.steps, args.seed)
+    last = len(report.memory) - 1
+    memory = [report.memory[round(last * part / 4)] // 2**20 for part in range(5)]
+    if args.requests >= 100 and memory[-1] > 1.1 * memory[1]:
+        report.failures.append(f"memory grew from {memory[1]} to {memory[-1]} MB")
     print(
         f"{args.requests} requests from {args.clients} clients in {time.perf_counter() - begun:.0f} s on "
-        f"{platform.processor() or platform.machine()}: {report.right} right pictures, {report.refused} refused with a "
-        f"reason, {len(report.failures)} failures; longest wait {max(report.seconds):.1f} s; memory "
-        f"{half[0] / 2**20:.0f} MB half-way, {half[-1] / 2**20:.0f} MB at the end"
+        f"{platform.processor() or platform.machine()}, {datetime.date.today()}: {report.right} right pictures, "
+        f"{report.refused} refused with a reason, {len(report.failures)} failures; longest wait "
+        f"{max(report.seconds):.1f} s; the server's memory at the start, each quarter and the end: "
+        f"{', '.join(map(str, memory))} MB"
     )
     for failure in report.failures:
         print(failure)

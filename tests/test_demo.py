@@ -126,7 +126,7 @@ def test_bad_sizes_and_pairs_are_explained_before_anything_is_painted(library):
 
 
 def test_compare_paints_what_each_alone_paints(library):
-    scan, attention = pictures(library, compare=True)
+    attention, scan = pictures(library, compare=True)
     assert scan.shape == (32, 48, 3)
     assert (scan == pictures(library)[0]).all()
     assert (attention == pictures(library, adapter=ATTENTION_LABEL)[0]).all()

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -143,8 +144,7 @@ def test_generate_and_compare(visit, folders, tmp_path):
     visitor.set("width", 48)
     visitor.page.locator("#compare input").check()
     visitor.paint()
-    status = visitor.finished("attention, seed 5")
-    assert "GSPN-2, seed 5" in status
+    assert "attention, seed 5" in visitor.finished("GSPN-2, seed 5")
     visitor.page.locator("#slider img").first.wait_for()
     visitor.page.wait_for_function("document.querySelectorAll('#gallery img').length >= 2")
     files = visitor.pictures()
@@ -210,16 +210,37 @@ def test_what_the_scan_sees(visit):
     before = visitor.page.locator("#sight-status").inner_text()
     visitor.page.locator("#seen img").click(position={"x": 6, "y": 6})
     visitor.page.wait_for_function("before => document.querySelector('#sight-status').innerText != before", arg=before)
-    assert "down_blocks.0.attentions.0" in visitor.page.locator("#reach").inner_text()
+    assert "down 0.0.0" in visitor.page.locator("#reach").inner_text()
+
+
+def test_time_against_resolution(visit):
+    """All four curves are drawn, each in its colour."""
+    from gspn2_diffusion.demo.app import CURVES
+
+    visitor = visit()
+    visitor.page.get_by_role("tab", name="Time against resolution").click()
+    visitor.page.locator("#measure").click()
+    visitor.page.locator("#time-status", has_text="Measured on cpu").wait_for()
+    for colour in CURVES.values():
+        visitor.page.locator(f"#plot svg path[stroke='{colour}']").first.wait_for(state="attached")
 
 
 def test_narrow_screen(visit):
-    """A telephone: nothing sticks out sideways and the button can be reached."""
+    """A telephone: on no tab does anything stick out sideways, and the picture comes before the settings."""
     visitor = visit(width=375, height=740)
-    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 375
+    page, width = visitor.page, "document.documentElement.scrollWidth"
     visitor.set("steps", 1)
     visitor.paint()
     visitor.finished()
+    assert page.evaluate(width) <= 375
+    above, below = (page.locator(part).bounding_box()["y"] for part in ("#gallery", "#steps"))
+    assert above < below
+    page.locator(".overflow-menu button").first.click()
+    page.get_by_text("What the scan sees").last.click()
+    page.locator("#look").click()
+    page.locator("#sight img").first.wait_for()
+    page.locator("#reach", has_text="down 0.0.0").wait_for()
+    assert page.evaluate(width) <= 375
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../etc/passwd", "pyproject.toml", __file__])
@@ -240,12 +261,13 @@ def _listens_everywhere(port):
     return any(line.split()[1] == f"00000000:{port:04X}" for line in lines)
 
 
-def test_a_short_stress(folders):
+def test_a_short_stress(address, folders):
     """The stress script's judge on two dozen requests from four clients; docs/demo.md has the long run."""
     script = Path(__file__).resolve().parent.parent / "benchmarks/stress_demo.py"
     specification = importlib.util.spec_from_file_location("stress_demo", script)
     module = sys.modules["stress_demo"] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    report = module.stress([str(folders[0])], [str(folders[1])], requests=25, clients=4, steps=1)
+    offered = [str(folders[0])], [str(folders[1])]
+    report = module.stress(address, psutil.Process(), *offered, requests=25, clients=4, steps=1)
     assert not report.failures
     assert (report.right, report.refused) == (21, 5)

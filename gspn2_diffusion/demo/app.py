@@ -41,8 +41,20 @@ RATIOS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "16:9": (16, 9), "9:16": 
 CSS = """
 footer { display: none !important; }
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+/* On a narrow screen the pictures come right below the button, and the settings after them. */
+#paint-row { display: grid; grid-template: "ask" "result" "settings" / minmax(0, 1fr); }
+#ask { grid-area: ask; }
+#result { grid-area: result; }
+#settings { grid-area: settings; }
+@media (min-width: 768px) {
+  #paint-row { grid-template: "ask result" auto "settings result" 1fr / minmax(0, 4fr) minmax(0, 6fr); }
+}
 #seeds { align-items: center; }
+#gallery .grid-wrap { min-height: 0; max-height: none; }
 #status, #sight-status, #time-status { min-height: 1.5em; font-variant-numeric: tabular-nums; }
+/* A table as wide as its cells would push a narrow page sideways. */
+#reach { contain: inline-size; }
+#gallery .caption-label { font-size: 0.7rem; max-width: calc(100% - 2 * var(--block-label-margin, 4px)); }
 """
 CANCELLED = "Cancelled."
 # What a request is made of, in the order of the components, and what is read back from a picture.
@@ -57,6 +69,12 @@ TIME_HELP = (
     "Seconds of one denoising step (with guidance) against the side of a square picture, measured here and now with "
     "the chosen model: the whole step, and its self-attentions alone."
 )
+CURVES = {
+    "attention, whole step": "#c2410c",
+    "attention, self-attentions alone": "#fdba74",
+    "GSPN-2, whole step": "#4338ca",
+    "GSPN-2, self-attentions alone": "#a5b4fc",
+}
 REACH_HEADERS = ["layer", "map", "right", "left", "down", "up"]
 
 
@@ -127,7 +145,7 @@ def build_demo(
                     shown.append((_write(picture, folder, len(shown)), _caption(picture)))
                     lines.append(f"{_caption(picture)}: {picture.seconds:.1f} s")
                     if asked.compare and len(shown) == 2:
-                        pair = shown[1][0], shown[0][0]
+                        pair = shown[0][0], shown[1][0]
                     yield shown, gr.update(value=pair, visible=pair is not None), _status(lines, library)
             except Cancelled:
                 yield shown, gr.update(value=pair, visible=pair is not None), _status([*lines, CANCELLED], library)
@@ -192,11 +210,11 @@ def build_demo(
                 for timing in time_against_resolution(library, model, adapter, cancel, limit=limits.side):
                     for what, seconds in (("whole step", timing.step), ("self-attentions alone", timing.mixers)):
                         rows.append({"side": timing.side, "seconds": seconds, "what": f"{timing.mixer}, {what}"})
-                    yield (
-                        pd.DataFrame(rows),
-                        f"{timing.side} x {timing.side}, {timing.mixer}: {timing.step:.3f} s a step",
-                    )
+                    words = f"{timing.side} x {timing.side}, {timing.mixer}: {timing.step:.3f} s a step"
+                    # The plot draws only the curves that it has seen at first, so they come together.
+                    yield pd.DataFrame(rows) if len(rows) % len(CURVES) == 0 else gr.skip(), words
             except Cancelled:
+                del rows[len(rows) - len(rows) % len(CURVES) :]
                 yield pd.DataFrame(rows or None, columns=["side", "seconds", "what"]), CANCELLED
                 return
         yield pd.DataFrame(rows), f"Measured on {_machine(library)}."
@@ -236,14 +254,28 @@ def build_demo(
             "every pixel against every pixel."
         )
         with gr.Tabs():
-            with gr.Tab("Paint"), gr.Row():
-                with gr.Column(scale=4, min_width=320):
+            with gr.Tab("Paint"), gr.Row(elem_id="paint-row"):
+                with gr.Column(min_width=0, elem_id="ask"):
                     prompt = gr.Textbox(label="Prompt", value=EXAMPLES[0], lines=2, elem_id="prompt")
                     negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="negative")
                     with gr.Row():
                         run = gr.Button("Paint", variant="primary", elem_id="paint")
                         stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
                     compare = gr.Checkbox(label="Compare with attention (same seed)", elem_id="compare")
+                with gr.Column(min_width=0, elem_id="result"):
+                    status = gr.Markdown("", elem_id="status")
+                    slider = gr.ImageSlider(
+                        label="attention | GSPN-2", visible=False, type="filepath", elem_id="slider"
+                    )
+                    gallery = gr.Gallery(
+                        label="Pictures",
+                        format="png",
+                        columns=2,
+                        object_fit="contain",
+                        elem_id="gallery",
+                    )
+                    gr.Examples([[text] for text in EXAMPLES], [prompt], label="Try one of these")
+                with gr.Column(min_width=0, elem_id="settings"):
                     with gr.Row(elem_id="seeds"):
                         seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="seed", min_width=120)
                         dice = gr.Button("Random seed", size="sm", min_width=120)
@@ -276,20 +308,11 @@ def build_demo(
                         )
                     with gr.Accordion("Read parameters from a picture", open=False):
                         upload = gr.File(label="PNG made by GSPN-2", file_types=[".png"], type="filepath")
-                with gr.Column(scale=6, min_width=320):
-                    status = gr.Markdown("", elem_id="status")
-                    slider = gr.ImageSlider(
-                        label="Attention (left), GSPN-2 (right)", visible=False, type="filepath", elem_id="slider"
-                    )
-                    gallery = gr.Gallery(
-                        label="Pictures", format="png", columns=2, object_fit="contain", elem_id="gallery"
-                    )
-                    gr.Examples([[text] for text in EXAMPLES], [prompt], label="Try one of these")
             with gr.Tab("What the scan sees", elem_id="sight-tab"):
                 gr.Markdown(SIGHT_HELP)
                 with gr.Row():
                     with gr.Column(scale=3, min_width=300):
-                        at = gr.Slider(0.05, 1, value=0.5, label="Denoising step, as a part of all steps")
+                        at = gr.Slider(0.05, 1, value=0.5, label="Denoising step (1 is the last)")
                         with gr.Row():
                             look_button = gr.Button("Paint and look", variant="primary", elem_id="look")
                             look_stop = gr.Button("Cancel", variant="stop")
@@ -323,6 +346,7 @@ def build_demo(
                     x_title="side of the picture, pixels",
                     y_title="seconds",
                     color_title=" ",
+                    color_map=CURVES,
                     height=420,
                     elem_id="plot",
                 )

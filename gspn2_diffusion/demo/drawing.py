@@ -81,7 +81,7 @@ def draw_sight(
             canvas.paste(heat(values.cpu().numpy(), tile), (x, y))
             mark(draw, (x, y), tile, layer.grid, (row, column))
         reach = [reach_in_tokens(part, name, row, column) for part, name in zip(seen, directions, strict=True)]
-        table.append([layer.name, f"{layer.grid[0]} x {layer.grid[1]}", *reach])
+        table.append([short(layer.name), f"{layer.grid[0]} x {layer.grid[1]}", *reach])
     return canvas, table
 
 
