@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from gspn2_diffusion import GSPN2Config
 from gspn2_diffusion.demo.drawing import draw_sight, heat, spread, token_of
 from gspn2_diffusion.demo.library import ATTENTION_LABEL, UNTRAINED_LABEL, Library
 from gspn2_diffusion.demo.painting import MAX_SEED, Cancelled, Limits, Request, paint
 from gspn2_diffusion.demo.sight import attention_row, reach_in_tokens, record, scan_reach
 from gspn2_diffusion.demo.timing import time_against_resolution
 from gspn2_diffusion.demo.visits import Visits
+from gspn2_diffusion.layers import GSPN2Layer
 from gspn2_diffusion.loading import UserError
 from gspn2_diffusion.ops import gspn2_scan_reference
 
@@ -190,9 +193,14 @@ def recording(library):
     return record(library, ask(), 1, threading.Event())
 
 
-def test_reach_is_what_an_impulse_carries(recording):
+@pytest.mark.parametrize("decay", [False, True])
+def test_reach_is_what_an_impulse_carries(recording, decay):
     """The reference scan, fed one impulse at a time, against one gradient of the fast path."""
     layer = next(layer for layer in recording.layers if layer.grid[0] != layer.grid[1])
+    if decay:
+        channels = layer.tokens.shape[-1]
+        torch.manual_seed(0)
+        layer = replace(layer, mixer=GSPN2Layer(channels, channels, GSPN2Config(decay=True)))
     (height, width), mixer = layer.grid, layer.mixer
     row, column = height // 2, width // 3
     seen = scan_reach(layer, row, column)
@@ -203,7 +211,7 @@ def test_reach_is_what_an_impulse_carries(recording):
         for at in [(0, 0), (row, column), (row, 0), (0, column), (height - 1, width - 1), (row + 1, column - 1)]:
             impulse = torch.zeros_like(x)
             impulse[0, at[0], at[1]] = 1
-            y = gspn2_scan_reference(impulse, lam, u, logits)[0, row, column].abs()
+            y = gspn2_scan_reference(impulse, lam, u, logits, decay=decay)[0, row, column].abs()
             torch.testing.assert_close(seen[:, at[0], at[1]], (y * out * into).sum(-1))
 
 

@@ -201,8 +201,8 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 def give_memory_back() -> None:
     """Returns freed memory to the system: each request may run in another thread, and each thread has a heap."""
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
+    if trim := getattr(LIBC, "malloc_trim", None):
+        trim(0)
 
 
 def memory_in_use(device: torch.device) -> int:
