@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,3 +135,9 @@ def test_plan_prints_time_and_memory(model, capsys):
     assert main(["plan", *model, "--device", "cpu", "--height", "32", "--width", "64"]) == 0
     assert "GiB" in capsys.readouterr().out
     assert main(["plan", *model, "--device", "cpu", "--height", "33", "--width", "64"]) == 2
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = f"{sys.executable} -m gspn2_diffusion.cli info | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("gspn2_diffusion")

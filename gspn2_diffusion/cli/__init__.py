@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
+import os
 import sys
 
 from ..version import __version__
@@ -21,6 +23,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit status (2 for a mistake that the user can mend, 130 for Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
+    # Without torchvision transformers warns of image processors, which text to image has no use for.
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(prog="gspn2", description="Linear-cost attention for diffusers pipelines.")
     parser.add_argument("--version", action="version", version=f"gspn2 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -42,10 +46,15 @@ def main(argv: list[str] | None = None) -> int:
     from ..loading import UserError
 
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"gspn2 {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as in `gspn2 info | head`; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(f"\ngspn2 {args.command}: interrupted.", file=sys.stderr)
         return 130
