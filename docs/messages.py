@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ def template(node: ast.expr, names: dict[str, ast.expr]) -> str:
     return GAP
 
 
+@functools.cache
 def messages() -> list[Message]:
     """All of them, in the order of the source, each text once for a file."""
     found: dict[tuple[str, str], Message] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from gspn2_diffusion.assets import tiny_adapter_path, tiny_scenes_path
-from gspn2_diffusion.cli import COMMANDS
+from gspn2_diffusion.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAVIGATION = (ROOT / "mkdocs.yml").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M))
 BLOCK = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -103,57 +107,79 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(compile(tree, f"{name_of(page)}, block at line {line}", "exec"), namespace)
 
 
-def options_of(script, seen=()):
-    """Every `--option` that appears in a script or in a module of ours that it imports."""
-    text = script.read_text(encoding="utf-8")
-    found = set(re.findall(r"[\"'](--[\w-]+)[\"']", text))
-    # HfArgumentParser makes a flag of every field of a dataclass.
-    found |= {f"--{name}" for name in re.findall(r"^    (\w+): [^=\n]+ = ", text, re.MULTILINE)}
-    for module in re.findall(r"from (gspn2_diffusion[\w.]*|\.+[\w.]+) import", text):
-        parts = module.lstrip(".").split(".")
-        base = ROOT if module.startswith("gspn2") else script.parent
-        if module.startswith(".."):
-            base = script.parent.parent
-        for path in (base.joinpath(*parts).with_suffix(".py"), base.joinpath(*parts, "__init__.py")):
-            if path.is_file() and path not in seen:
-                found |= options_of(path, (*seen, path, script))
-    return found
+class Accepted(Exception):
+    """A script's own parser has read its command line; the argument is what it did not know."""
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "bash", "sh", "console"))], ids=name_of)
-def test_shell_blocks_name_what_exists(page):
-    """Shell blocks are not run (they install, train, serve): they parse, and every script, make target, command and
-    option in them exists. `gspn2` itself is run by tests/test_cli.py."""
-    makefile = (ROOT / "Makefile").read_text()
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Programs run as far as their arguments are read, by their own parsers."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def stop(self, *arguments, **options):
+        raise Accepted(parse(self, *arguments, **options)[1])
+
+    def check(where, words, program):
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+                patch.setattr(sys, "argv", [word for word in words if word != "..."])
+                program()
+        except Accepted as accepted:
+            assert accepted.args == ([],), f"{where}: {words[0]} does not know {accepted.args[0]}"
+        except SystemExit:
+            pytest.fail(f"{where}: {' '.join(words)} is refused")
+        else:
+            pytest.fail(f"{where}: {words[0]} reads no arguments")
+
+    return check
+
+
+def shell_commands(page):
+    """(where, words) of each command in the page's shell blocks."""
     for line, text in blocks(page, "bash", "sh", "console"):
-        where = f"{name_of(page)}, line {line}"
-        text = re.sub(r"^\$ ", "", text, flags=re.MULTILINE)
+        where = f"{name_of(page)}, block at line {line}"
         assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0, where
         for command in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(command, comments=True)
-            if words[:1] == ["make"]:
-                for target in words[1:]:
-                    assert "=" in target or re.search(rf"^{target}:", makefile, re.MULTILINE), f"{where}: {target}"
-            if words[:1] == ["gspn2"] and not words[1].startswith("-"):
-                assert words[1] in COMMANDS, f"{where}: gspn2 {words[1]}"
-                known = options_of(ROOT / "gspn2_diffusion/cli" / f"{words[1]}.py")
-                check_options(words, known, where)
-            for index, word in enumerate(words):
-                if word.endswith(".py") and word.split("/")[0] in (
-                    "examples",
-                    "benchmarks",
-                    "docs",
-                    "tests",
-                    "pipelines",
-                ):
-                    assert (ROOT / word).is_file(), f"{where}: {word} does not exist"
-                    check_options(words[index:], options_of(ROOT / word), where)
+            if words := shlex.split(command, comments=True):
+                yield where, words
 
 
-def check_options(words, known, where):
-    for word in words:
-        if word.startswith("--") and len(word) > 2 and known:
-            assert word.split("=")[0] in known | {"--help"}, f"{where}: {word} is no option of {words[0]}"
+SHELL_PAGES = [page for page in PAGES if any(blocks(page, "bash", "sh", "console"))]
+SHORT = {"generate": ["--steps", "1"], "evaluate": ["--steps", "1", "--limit", "1"], "plan": [], "info": []}
+LAUNCHERS = {"python": 1, "torchrun": 1, "accelerate": 2}  # words before their own options and the script
+
+
+@pytest.mark.parametrize("page", SHELL_PAGES, ids=name_of)
+def test_shell_blocks_run(page, tmp_path, monkeypatch, parse_only):
+    """`gspn2` runs, with one step. What installs, trains, serves or needs a GPU runs until its own parser has read its
+    arguments, or, if it is make or pip, names a target or an extra that exists. No other command may stand there.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for where, words in shell_commands(page):
+        program, rest = words[0], words[1:]
+        if program == "make":
+            for target in rest:
+                assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), f"{where}: {target} is no target"
+        elif words[:2] == ["pip", "install"]:
+            for extra in re.findall(r"\[(.*?)\]", " ".join(rest)):
+                assert set(extra.split(",")) <= EXTRAS, f"{where}: {extra}"
+        elif program == "gspn2" and rest[0] in SHORT and SHIPPED:
+            assert main([*rest, *SHORT[rest[0]]]) == 0, where
+        elif program == "gspn2":
+            parse_only(where, words, lambda rest=rest: main(rest))
+        elif program in LAUNCHERS and "-m" in rest:
+            at = rest.index("-m") + 1
+            parse_only(where, rest[at:], lambda name=rest[at]: runpy.run_module(name, run_name="__main__"))
+        elif program in LAUNCHERS:
+            at = next(index for index, word in enumerate(rest) if word.endswith(".py"))
+            options, script = rest[LAUNCHERS[program] - 1 : at], ROOT / rest[at]
+            assert all((ROOT / word).is_file() for word in options if word.endswith(".yaml")), where
+            monkeypatch.syspath_prepend(script.parent)
+            parse_only(where, rest[at:], lambda script=script: runpy.run_path(str(script), run_name="__main__"))
+        else:
+            pytest.fail(f"{where}: this test cannot run {program}")
 
 
 # Links and words
