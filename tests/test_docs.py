@@ -152,8 +152,9 @@ LAUNCHERS = {"python": 1, "torchrun": 1, "accelerate": 2}  # words before their 
 
 @pytest.mark.parametrize("page", SHELL_PAGES, ids=name_of)
 def test_shell_blocks_run(page, tmp_path, monkeypatch, parse_only):
-    """`gspn2` runs, with one step. What installs, trains, serves or needs a GPU runs until its own parser has read its
-    arguments, or, if it is make or pip, names a target or an extra that exists. No other command may stand there.
+    """`gspn2` with the shipped model runs, with one step. What needs the reader's files, installs, trains, serves or
+    needs a GPU runs until its own parser has read its arguments, or, if it is make or pip, names a target or an extra
+    that exists. No other command may stand there.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -165,10 +166,11 @@ def test_shell_blocks_run(page, tmp_path, monkeypatch, parse_only):
         elif words[:2] == ["pip", "install"]:
             for extra in re.findall(r"\[(.*?)\]", " ".join(rest)):
                 assert set(extra.split(",")) <= EXTRAS, f"{where}: {extra}"
-        elif program == "gspn2" and rest[0] in SHORT and SHIPPED:
+        elif program == "gspn2" and rest[0] in SHORT and SHIPPED and "--model" not in rest:
             assert main([*rest, *SHORT[rest[0]]]) == 0, where
-        elif program == "gspn2":
-            parse_only(where, words, lambda rest=rest: main(rest))
+        elif program == "gspn2" or "--no_python" in rest:
+            at = words.index("gspn2") + 1
+            parse_only(where, words[at - 1 :], lambda rest=words[at:]: main(rest))
         elif program in LAUNCHERS and "-m" in rest:
             at = rest.index("-m") + 1
             parse_only(where, rest[at:], lambda name=rest[at]: runpy.run_module(name, run_name="__main__"))
