@@ -4,16 +4,19 @@ column for each concern, and a row for each neighbour with a column for each dif
     python benchmarks/test_matrix.py --json newest.json
     python benchmarks/test_matrix.py --page docs/supported_models.md newest.json oldest.json
 
-The first form runs the tests with the diffusers that is installed; the second makes the page from such runs.
+The first form runs the tests with the diffusers that is installed; the second makes the page from such runs. Several
+runs with one diffusers count together.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import platform
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +94,15 @@ class Collector:
                 self.neighbours.setdefault(neighbour, []).append(report.outcome)
 
 
-def run() -> dict[str, Any]:
-    """Runs the tests and returns their outcomes with the versions they ran with."""
+def run(select: str) -> dict[str, Any]:
+    """Runs the tests and returns their outcomes with the versions they ran with. `select`: pytest's -k."""
     collector = Collector()
     files = [str(ROOT / "tests" / f"test_{name}.py") for name in FILES]
-    pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[collector])
+    pytest.main(["-q", "-p", "no:cacheprovider", "-k", select, *files], plugins=[collector])
     versions = {module.__name__: module.__version__ for module in (diffusers, transformers, torch)}
+    versions |= {
+        name: metadata.version(name) for name in ("accelerate", "peft", "torchao") if importlib.util.find_spec(name)
+    }
     return {
         "versions": versions,
         "python": platform.python_version(),
@@ -113,18 +119,19 @@ def verdict(outcomes: list[str]) -> str:
 
 def neighbours(runs: list[dict[str, Any]]) -> list[str]:
     """Lines of the second table."""
-    versions = [f"diffusers {entry['versions']['diffusers']}" for entry in runs]
+    versions = list(dict.fromkeys(entry["versions"]["diffusers"] for entry in runs))
     lines = [
         "## Neighbours",
         "",
         "What else touches a model, tested on tiny real ones (`tests/test_neighbours.py`, `test_patching.py`, "
         "`test_parallel.py`). A dash: this diffusers does not have it, or the library was not there.",
         "",
-        "| neighbour | outcome | " + " | ".join(versions) + " |",
-        "|" + "---|" * (len(runs) + 2),
+        "| neighbour | outcome | " + " | ".join(f"diffusers {version}" for version in versions) + " |",
+        "|" + "---|" * (len(versions) + 2),
     ]
     for neighbour, names in NEIGHBOURS.items():
-        cells = [verdict(entry["neighbours"].get(neighbour, [])) for entry in runs]
+        of = [(entry["versions"]["diffusers"], entry["neighbours"].get(neighbour, [])) for entry in runs]
+        cells = [verdict([o for other, outcomes in of if other == version for o in outcomes]) for version in versions]
         outcome = "refused with a message" if any("refused" in name for name in names) else "works"
         outcome = "noticed and put back" if "test_are_noticed_and_put_back" in names else outcome
         lines.append(f"| {neighbour} | {outcome} | " + " | ".join(cells) + " |")
@@ -191,13 +198,14 @@ stay the model's own, so the cost is linear in the number of image tokens and th
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="run the tests and write their outcomes here")
+    parser.add_argument("--select", default="", help="only tests whose names match, as pytest's -k")
     parser.add_argument("--page", type=Path, help="write the page here, from the runs given")
     parser.add_argument("runs", nargs="*", type=Path, help="files that --json wrote, newest diffusers first")
     arguments = parser.parse_args()
     if arguments.json:
-        arguments.json.write_text(json.dumps(run(), indent=1))
+        arguments.json.write_text(json.dumps(run(arguments.select), indent=1))
         return
-    runs = [json.loads(path.read_text()) for path in arguments.runs] or [run()]
+    runs = [json.loads(path.read_text()) for path in arguments.runs] or [run(arguments.select)]
     if arguments.page:
         arguments.page.write_text(page(runs))
     else:

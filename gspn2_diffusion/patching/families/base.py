@@ -134,7 +134,11 @@ def _while_compiling(ids: Tensor) -> tuple[Grid, ...]:
     return segments_of(ids)
 
 
-@torch.library.custom_op("gspn2::same_segments", mutates_args=())
+# It may wait for the device, which a CUDA graph cannot; torch before 2.9 has no name for that.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+
+
+@torch.library.custom_op("gspn2::same_segments", mutates_args=(), **({"tags": _UNSAFE} if _UNSAFE else {}))
 def _same_segments(ids: Tensor, sides: list[int]) -> Tensor:
     found = [side for grid in known_segments(ids) for side in grid]
     if found != sides:
