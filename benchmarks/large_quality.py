@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import statistics
 import time
+import traceback
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -145,14 +146,18 @@ def main(argv: list[str] | None = None) -> None:
     began, deadline = time.time(), time.time() + 60 * args.minutes
     records: list[dict[str, Any]] = []
     done = 0
-    with ProcessPoolExecutor(
-        args.workers, multiprocessing.get_context("spawn"), initializer=start, initargs=(args, deadline)
-    ) as pool:
-        for number, part in enumerate(pool.map(score, range(len(prompts)), prompts)):
-            records += part
-            done += bool(part)
-            if number % 50 == 49:
-                print(f"{time.time() - began:4.0f} s, {number + 1} of {len(prompts)} prompts", flush=True)
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(args.workers, context, initializer=start, initargs=(args, deadline)) as pool:
+            for number, part in enumerate(pool.map(score, range(len(prompts)), prompts)):
+                records += part
+                done += bool(part)
+                if number % 50 == 49:
+                    print(f"{time.time() - began:4.0f} s, {number + 1} of {len(prompts)} prompts", flush=True)
+    except Exception:  # what was scored is still worth having
+        traceback.print_exc()
+        if not records:
+            raise
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     device = pick_device(args.device)
     settings["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

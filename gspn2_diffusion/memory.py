@@ -241,15 +241,32 @@ class _StoreHook:
         return hidden_states, tuple(self.buffers)
 
 
+class _Waiting(tuple[Tensor, ...]):
+    """Skip connections in host memory. A block takes them one by one, `skips[-1]` and then `skips[:-1]`: each comes to
+    the device when it is asked for, and none waits there for its turn."""
+
+    device: torch.device
+
+    @classmethod
+    def of(cls, skips: tuple[Tensor, ...], device: torch.device) -> _Waiting:
+        waiting = cls(skips)
+        waiting.device = device
+        return waiting
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        if isinstance(index, slice):
+            return _Waiting.of(found, self.device)
+        # On the meta device all of them stand for the one element that was kept.
+        return found.contiguous() if self.device.type == "meta" else found.to(self.device, non_blocking=True)
+
+
 class _FetchHook:
-    """Pre-hook of an up block: brings its skip connections back."""
+    """Pre-hook of an up block: lets it fetch its skip connections."""
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = (args[0] if args else kwargs["hidden_states"]).device
-        skips = tuple(skip.to(device, non_blocking=True) for skip in kwargs["res_hidden_states_tuple"])
-        if device.type == "meta":
-            skips = tuple(skip.contiguous() for skip in skips)
-        return args, {**kwargs, "res_hidden_states_tuple": skips}
+        return args, {**kwargs, "res_hidden_states_tuple": _Waiting.of(kwargs["res_hidden_states_tuple"], device)}
 
 
 class _RefuseResiduals:

@@ -329,7 +329,9 @@ def _bytes_of(model: nn.Module) -> int:
 
 def _memory_of(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        # What `set_per_process_memory_fraction` leaves, where this PyTorch can tell.
+        allowed = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device.index)
+        return int(allowed * torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
