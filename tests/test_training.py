@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from gspn2_diffusion import GSPN2Adapter, apply_gspn2
@@ -28,6 +30,7 @@ from .tiny_families import CASES
 from .training_runs import SIZE, arguments, free_port, image_folder, log_of, start_child
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 BINNING = {"pixart": {"use_resolution_binning": False}}
 # One step whose change of the weights is the gradient: Adam with epsilon 1 moves by g / (|g| + 1).
 GRADIENT = {
@@ -178,6 +181,33 @@ def test_a_step_is_the_same_however_it_is_split(folders: tuple[Path, Path], tmp_
         assert rank.exitcode == 0
     for other in ("two", "accumulated", "recomputed"):
         assert_near(weights(tmp_path / other), start)
+
+
+def test_fsdp_trains_and_saves_the_same_adapter(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """FSDP2 on two processes: the gradient and the files of one process, which can go on from the checkpoint."""
+    port = free_port()
+    sharded = arguments(*folders, tmp_path / "sharded", **GRADIENT, train_batch_size=2, use_ema=True)
+    ranks = [start_child(sharded, rank, 2, port, fsdp=True) for rank in range(2)]
+    options = {**GRADIENT, "train_batch_size": 4, "use_ema": True}
+    train(arguments(*folders, tmp_path / "one", **options))
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert_near(weights(tmp_path / "sharded"), weights(tmp_path / "one"))
+    for name in ("sharded", "one"):
+        more = {**options, "max_train_steps": 2, "resume_from_checkpoint": "latest"}
+        train(arguments(*folders, tmp_path / name, **more))
+    assert_near(weights(tmp_path / "sharded"), weights(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_every_key_of_the_shipped_files(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    parser = launch_command_parser()
+    known = {action.dest for action in parser._actions}
+    assert {key for key in config.fsdp_config} <= known
+    assert {key for key in config.deepspeed_config} <= known
 
 
 def test_text_to_image_needs_no_teacher(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from accelerate import DistributedType, PartialState
 from PIL import Image
 
 from gspn2_diffusion.training import TrainingArguments, train
@@ -56,9 +58,9 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def start_child(args: TrainingArguments, rank: int = 0, world: int = 1, port: int = 0) -> Any:
-    """Runs a training in a process of its own; several ranks make one training."""
-    child = _context.Process(target=_train, args=(args, rank, world, port))
+def start_child(args: TrainingArguments, rank: int = 0, world: int = 1, port: int = 0, fsdp: bool = False) -> Any:
+    """Runs a training in a process of its own; several ranks make one training, sharded with `fsdp`."""
+    child = _context.Process(target=_train, args=(args, rank, world, port, fsdp))
     child.start()
     return child
 
@@ -81,10 +83,25 @@ def _join(rank: int, world: int, port: int) -> None:
     }
 
 
-def _train(args: TrainingArguments, rank: int, world: int, port: int) -> None:
+def _train(args: TrainingArguments, rank: int, world: int, port: int, fsdp: bool) -> None:
     if world > 1:
         _join(rank, world, port)
+    if fsdp:
+        _shard()
     train(args)
+
+
+def _shard() -> None:
+    """examples/accelerate/fsdp2.yaml as `accelerate launch` puts it into the environment, in float32."""
+    config = yaml.safe_load((Path(__file__).parents[1] / "examples" / "accelerate" / "fsdp2.yaml").read_text())
+    names = {"FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    for key, value in config["fsdp_config"].items():
+        name = key.upper()
+        os.environ[names.get(name, name)] = str(value).lower() if isinstance(value, bool) else str(value)
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    # accelerate offers FSDP on devices only; torch shards on the CPU as well.
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def start_command(argv: list[str], rank: int, world: int, port: int) -> Any:

@@ -67,6 +67,7 @@ class Checkpoints:
             CheckpointError: it could not be written, say because the disk is full. Older checkpoints are untouched.
         """
         tensors, state = self._state(step)
+        adapter = full_copy(self.adapter)
         final = self.folder / f"{PREFIX}{step}"
         partial = final.with_name(final.name + PARTIAL)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -76,7 +77,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             try:
                 partial.mkdir(parents=True, exist_ok=True)
-                full_copy(self.adapter).save_pretrained(partial / "adapter")
+                adapter.save_pretrained(partial / "adapter")
                 save_file(tensors, partial / "optimizer.safetensors")
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
                 _sync(partial)
@@ -168,7 +169,10 @@ def whole(value: Tensor) -> Tensor:
 
 
 def full_copy(adapter: GSPN2Adapter, values: list[Tensor] | None = None) -> GSPN2Adapter:
-    """The adapter on the CPU, with other values for its parameters if given (an average's)."""
+    """The adapter on the CPU, with other values for its parameters if given (an average's).
+
+    Every process calls it: what FSDP has sharded is gathered from all.
+    """
     copy = GSPN2Adapter(**{key: adapter.config[key] for key in ("base_class", "layers", "operator")})
     names = [name for name, _ in adapter.named_parameters()]
     copy.load_state_dict(dict(zip(names, map(whole, values or adapter.parameters()), strict=True)), strict=True)

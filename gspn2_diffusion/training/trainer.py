@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from collections import defaultdict
@@ -62,6 +63,11 @@ def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
         log_with=args.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
     )
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started but accelerate joined {accelerator.num_processes}, as there is no GPU; "
+            "use `accelerate launch --cpu`."
+        )
     if args.report_to and not accelerator.log_with:
         raise ValueError(f"--report_to {args.report_to} needs the package {args.report_to}; install it.")
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
@@ -325,9 +331,9 @@ class _Run:
         return output, layers
 
     def _finish(self) -> None:
+        adapter = full_copy(self.adapter, self.ema.shadow_params if self.ema is not None else None)
         if self.accelerator.is_main_process:
-            average = self.ema.shadow_params if self.ema is not None else None
-            full_copy(self.adapter, average).save_pretrained(self.folder)
+            adapter.save_pretrained(self.folder)
             logger.info("Saved the adapter to %s; what happened is in %s.", self.folder, write_report(self.folder))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
