@@ -20,7 +20,7 @@ from gspn2_diffusion.evaluation.picture_metrics import inception, list_pictures,
 from gspn2_diffusion.loading import UserError
 
 from . import tiny_models
-from .training_runs import image_folder
+from .training_runs import free_port, image_folder, start_command
 
 
 class Pool(nn.Module):
@@ -147,12 +147,13 @@ def test_what_is_missing_is_named(
         assert message in capsys.readouterr().err
 
 
-def test_evaluate_generates_then_scores(clip_folder: Path, tmp_path: Path) -> None:
+def test_evaluate_generates_then_scores_in_one_process_and_in_two(clip_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "a red fox"}\n{"prompt": "snow"}\n')
     flags = ["evaluate", "--device", "cpu", "--steps", "1", "--height", "64", "--width", "64", "--out", str(out)]
     flags += ["--metrics", "clip", "--clip-model", str(clip_folder), "--prompts", str(prompts), "--seeds", "0", "1"]
+    flags += ["--batch-size", "2"]
     assert main(flags) == 0
     lines = [json.loads(line) for line in (out / "pictures" / "metadata.jsonl").read_text().splitlines()]
     assert [line["file_name"] for line in lines] == [f"00000{place}.png" for place in range(4)]
@@ -160,6 +161,17 @@ def test_evaluate_generates_then_scores(clip_folder: Path, tmp_path: Path) -> No
     result = json.loads((out / "metrics.json").read_text())
     again = picture_metrics(out / "pictures", metrics=["clip"], clip=clip_folder, progress=False)
     assert result["clip"] == again["clip"] and result["pictures"] == 4
+    flags[flags.index(str(out))] = str(tmp_path / "two")
+    port = free_port()
+    ranks = [start_command(flags, rank, 2, port) for rank in range(2)]
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    for path in (out / "pictures").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "pictures" / path.name).read_bytes(), path.name
+    shared = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert {**shared, "settings": {}} == {**result, "settings": {}}
+    flags[flags.index(str(tmp_path / "two"))] = str(out)
     assert main(flags) == 2, "would score the old pictures with the new"
     flags[flags.index("--metrics") : flags.index("--clip-model")] = [
         "--metrics",

@@ -118,10 +118,14 @@ class PictureFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if processes()[0] == 0:
-            if folder.is_dir() and any(folder.iterdir()):
-                raise FileExistsError(f"{folder} is not empty; delete it or name another folder.")
+        rank, world = processes()
+        taken = [rank == 0 and folder.is_dir() and any(folder.iterdir())]
+        if rank == 0 and not taken[0]:
             folder.mkdir(parents=True, exist_ok=True)
+        if world > 1:  # nobody writes before the first process has looked
+            dist.broadcast_object_list(taken, src=0)
+        if taken[0]:
+            raise FileExistsError(f"{folder} is not empty; delete it or name another folder.")
         self.lines: list[tuple[int, dict]] = []
 
     def save(self, drawn: Drawn) -> None:
