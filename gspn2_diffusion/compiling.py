@@ -25,8 +25,7 @@ def compiled(pipe_or_model: Any, *, fullgraph: bool = True, **options: Any) -> I
 
     Args:
         pipe_or_model: a diffusers pipeline, patched or not, or its UNet or transformer.
-        fullgraph: refuse a model that breaks into several graphs. False for families that read their layout from a
-            tensor (Flux).
+        fullgraph: refuse a model that breaks into several graphs, as hooks of other tools make it do.
         **options: `torch.compile`'s own, such as `mode` or `backend`.
 
     Raises:
