@@ -146,11 +146,12 @@ class StudentStep(nn.Module):
         return output, calls
 
     def _layer_loss(self, pairs: dict[nn.Module, tuple[Any, Any]]) -> Tensor:
-        losses = [
-            F.mse_loss(student.float(), teacher.float())
-            for both in pairs.values()
-            for student, teacher in zip(*map(_tensors, both), strict=True)
-        ]
+        losses = []
+        for module, both in pairs.items():
+            outputs = list(zip(*map(_tensors, both), strict=True))
+            # The last joint attention's text is read by nothing, and GSPN-2 leaves it as it came.
+            read = outputs[:1] if getattr(module, "context_pre_only", None) else outputs
+            losses += [F.mse_loss(student.float(), teacher.float()) for student, teacher in read]
         return torch.stack(losses).mean()
 
 
