@@ -165,9 +165,11 @@ def page(runs: list[dict[str, Any]]) -> str:
         "Run with `python benchmarks/test_matrix.py`, on a CPU, on " + datetime.date.today().isoformat() + ":",
         "",
     ]
+    described = []
     for entry in runs:
         listed = ", ".join(f"{module} {version}" for module, version in entry["versions"].items())
-        lines.append(f"- {listed}, Python {entry['python']}")
+        described.append(f"- {listed}, Python {entry['python']}")
+    lines += dict.fromkeys(described)
     return "\n".join(lines) + "\n" + NOTES
 
 
@@ -181,6 +183,7 @@ stay the model's own, so the cost is linear in the number of image tokens and th
 ## Limits
 
 - `DiTTransformer2DModel` itself takes square maps only, `UNet2DModel` itself only sides that its levels can halve.
+- Group offloading of diffusers 0.35 needs an accelerator; without one only sequential offloading is tested there.
 - Flux' IP-Adapter and SD3's work inside the joint attentions that are replaced: they are refused, with the way out in
   the message. IP-Adapters of Stable Diffusion and SDXL work.
 - Chroma builds its attention mask for all pairs of tokens before it calls the attention; with a mask, memory stays
