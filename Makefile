@@ -29,7 +29,7 @@ test: $(VENV)/.dev
 
 docs: $(VENV)/.base
 	$(BIN)/python -m pip install -q -e ".[docs]"
-	$(BIN)/mkdocs build
+	$(BIN)/mkdocs build --strict
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -113,7 +113,9 @@ def pictures_of(answer: tuple) -> list[np.ndarray]:
 def visitor(
     address: str, server: psutil.Process, work: queue.Queue, report: Report, guard: threading.Lock, folder: str
 ) -> None:
-    client = Client(address, verbose=False, download_files=folder, analytics_enabled=False)
+    client = Client(
+        address, verbose=False, download_files=folder, analytics_enabled=False, httpx_kwargs={"timeout": 300}
+    )
     while True:
         try:
             request, wanted = work.get_nowait()

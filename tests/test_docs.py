@@ -146,7 +146,7 @@ def shell_commands(page):
 
 
 SHELL_PAGES = [page for page in PAGES if any(blocks(page, "bash", "sh", "console"))]
-SHORT = {"generate": ["--steps", "1"], "evaluate": ["--steps", "1", "--limit", "1"], "plan": [], "info": []}
+SHORT = {"generate": ["--steps", "1"], "evaluate": ["--steps", "1", "--limit", "1"], "info": []}
 LAUNCHERS = {"python": 1, "torchrun": 1, "accelerate": 2}  # words before their own options and the script
 
 
@@ -227,3 +227,25 @@ def test_spelling():
         text=True,
     )
     assert done.returncode == 0, done.stdout
+
+
+# Figures
+
+DEVICE = re.compile(r"\bEPYC\b|\b[HAB]\d00\b|\bRTX\b")
+DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
+COMMAND = re.compile(r"`[^`\n]*\b(python|pytest|gspn2|accelerate|torchrun|make)\b|```bash")
+FIGURE = re.compile(r"\d (%|(s|ms|us|MB|GiB|GB/s|TB/s|images/s|cores)\b)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_figures_say_where_they_come_from(page):
+    """A section with figures of a device says when, and its page with which command; a table of figures is on a page
+    that names the device, or in a section that names a source (arXiv) or says that they are computed."""
+    text = page.read_text(encoding="utf-8")
+    for section in re.split(r"^## ", text, flags=re.MULTILINE):
+        where = f"{name_of(page)}, {section.partition(chr(10))[0]!r}"
+        if DEVICE.search(section) and FIGURE.search(section) and "arXiv" not in section:
+            assert DATE.search(section) and COMMAND.search(text), f"{where}: a device without its date or command"
+        table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+        if FIGURE.search(table):
+            assert re.search(r"arXiv|comput|plan", section) or DEVICE.search(text), f"{where}: figures of no device"
