@@ -169,6 +169,7 @@ def workers(args: TrainingArguments, root: Path) -> Any:
 
 def tf32(args: TrainingArguments, root: Path) -> Any:
     before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
         train(args)
         return torch.backends.cuda.matmul.allow_tf32
