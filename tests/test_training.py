@@ -356,6 +356,14 @@ def test_sizes_that_cannot_be_packed_are_refused(tmp_path: Path) -> None:
         train(arguments(Path("tiny"), data, tmp_path / "run", resolution=18), tiny_models.flux_pipe())
 
 
+def test_processes_that_did_not_find_one_another_are_refused(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes were started .* use `accelerate launch --cpu`"):
+        train(arguments(*folders, tmp_path / "run"))
+
+
 def test_models_whose_training_is_not_tested_are_refused() -> None:
     with pytest.raises(ValueError, match="Training of DiTTransformer2DModel is not tested yet"):
         Conditioner(CASES["DiTTransformer2DModel"].build())
