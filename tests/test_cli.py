@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 
 import numpy as np
@@ -137,7 +137,10 @@ def test_plan_prints_time_and_memory(model, capsys):
     assert main(["plan", *model, "--device", "cpu", "--height", "33", "--width", "64"]) == 2
 
 
-def test_a_reader_that_stops_reading_is_no_error():
-    command = f"{sys.executable} -m gspn2_diffusion.cli info | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("gspn2_diffusion")
+def test_a_reader_that_stops_reading_is_no_error(monkeypatch):
+    """As under `head`: a pipe that nobody reads from."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["info"]) == 0
