@@ -56,7 +56,8 @@ def main() -> None:
         print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)
         if done.returncode:
             failed.append(tool)
-            print((done.stdout + done.stderr)[-3000:])
+            report = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("=====")]
+            print("\n".join(report[:60]))
     if failed:
         raise SystemExit(f"compute-sanitizer found errors with {', '.join(failed)}.")
 

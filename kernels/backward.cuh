@@ -4,240 +4,244 @@
 
 #include "scan.cuh"
 
-template <typename T, typename L, int VEC, int SETS, int STAGES, int CLUSTER>
+template <typename T, typename L, int VEC, int SETS, int LANES, int AHEAD, int TURNS, int CLUSTER, int HAS, bool DECAY>
 GSPN2_DEVICE void scan_backward(const Params& p) {
-    static_assert(STAGES == 0 || VEC * sizeof(T) >= 4, "asynchronous copies move at least 4 bytes");
-    constexpr int RING = STAGES ? STAGES : 1, LOGITS = staged_logit_bytes(sizeof(L), VEC, SETS);
-    constexpr int STATES = STAGES + 2;  // staged lines of h: two in use, STAGES on their way
+    static_assert(AHEAD % 2 == 0, "the buffer of a line is known from its place in the batch");
+    constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, PARTIAL = HAS & HAS_PARTIAL;
+    using Vector = Packed<T, VEC>;
     const Place at = find_place<CLUSTER>(p);
     if (at.first >= at.last) return;
+    const int lane = threadIdx.x, lines = at.last - at.first, left = p.channels / VEC - at.slice * LANES;
+    const int first_channel = at.slice * LANES * VEC, channel = first_channel + (lane < left ? lane * VEC : 0);
+    const int group = (SETS > 1 ? channel : first_channel) / (p.channels / p.groups);
 
-    const int lane = threadIdx.x, channel = (at.slice * p.lanes + lane) * VEC;
-    const bool mine = lane < p.lanes && channel < p.channels;
-    const int lines = at.horizontal ? p.width : p.height, group_channels = p.channels / p.groups;
-    const int group = channel / group_channels;
-    // Lanes of this block that share the group, and the one among them that writes the group's gradient.
-    const int sharing = SETS > 1 || group_channels < VEC                ? 1
-                        : group_channels / VEC < p.lanes ? group_channels / VEC
-                                                                        : p.lanes;
-    const bool leads = mine && lane % sharing == 0;
-    const Lines<const T> x = lines_of<const T>(p.x, at, lines, channel);
-    const Lines<const T> lam = lines_of<const T>(p.lam, at, lines, channel);
-    const Lines<const T> u = lines_of<const T>(p.u, at, lines, channel);
-    const Lines<const T> dy = lines_of<const T>(p.y, at, lines, channel);
-    const Lines<const T> state = lines_of<const T>(p.state, at, lines, channel);
-    const Lines<const L> logits = lines_of<const L>(p.logits, at, lines, group * p.logits.group);
-    const Lines<T> grad_x = lines_of<T>(p.grad_x, at, lines, channel);
-    const Lines<T> grad_lam = lines_of<T>(p.grad_lam, at, lines, channel);
-    const Lines<T> grad_u = lines_of<T>(p.grad_u, at, lines, channel);
-    const Lines<L> grad_logits = lines_of<L>(p.grad_logits, at, lines, group * p.grad_logits.group);
-    const Lines<float> partial =
-        lines_of<float>(p.partial, at, lines, group * p.partial.group + at.slice % p.parts * p.part_stride);
+    // Exchanged: the terms of g for the lower and for the higher position of the line before, and that line's state.
+    Exchange<VEC, LANES> lower{nullptr, at.positions}, higher{nullptr, at.positions}, h{nullptr, at.positions};
+    lower.data = clear_shared<CLUSTER>(3 * lower.size());
+    higher.data = lower.data + lower.size();
+    h.data = higher.data + lower.size();
+    if (!at.owned) return;
+    const Positions<TURNS> j = find_positions<TURNS>(at, lane < left);
+    const int halo_bytes = (left < LANES ? left : LANES) * VEC * 4;
 
-    // Shared memory: the exchanged lines of g and of the weights; the staged lines of h, which neighbours read too; then for
-    // each stage dy, u, lam, x and the logits.
-    const Exchange<VEC> g{reinterpret_cast<float*>(shared_memory()), p.lanes, at.positions};
-    const Exchange<3 * SETS> weights{g.data + g.size(), p.lanes, at.positions};
-    const int exchanged = g.size() + weights.size(), vectors = at.positions * p.lanes;
-    const int tensor_bytes = round16(vectors * VEC * sizeof(T));
-    const int state_bytes = round16((at.positions + 2) * p.lanes * VEC * sizeof(T));
-    const int stage_bytes = (1 + bool(u) + 2 * bool(lam)) * tensor_bytes + round16(vectors * LOGITS);
-    unsigned char* const states = shared_memory() + round16(exchanged * 4);
-    unsigned char* const stages = states + (STAGES ? STATES * state_bytes : 0);
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-    for (int e = thread; e < exchanged; e += threads) g.data[e] = 0.f;
-
-    const auto state_slot = [&](int i, int j) {
-        return reinterpret_cast<T*>(states + (i - at.first) % STATES * state_bytes) + ((j + 1) * p.lanes + lane) * VEC;
+    const auto start = [&](auto walk_type, const View& view, long long offset) {
+        return walk<typename decltype(walk_type)::Type>(view, at, p, at.last - 1, -1, j.first, offset);
     };
-    const auto stage_state = [&](int i) {
-        if constexpr (STAGES > 0) {
-            if (i >= at.first && mine) {
-                for (int j = threadIdx.y; j < at.owned; j += blockDim.y) {
-                    copy_async<VEC * sizeof(T)>(state_slot(i, j), state.at(i, j));
-                    if (j == 0 && at.start > 0) copy_async<VEC * sizeof(T)>(state_slot(i, -1), state.at(i, -1));
-                    if (j == at.owned - 1 && at.start + at.owned < at.length) {
-                        copy_async<VEC * sizeof(T)>(state_slot(i, j + 1), state.at(i, j + 1));
+    auto x = start(Tag<const T>(), p.x, channel), lam = start(Tag<const T>(), p.lam, channel), u = start(Tag<const T>(), p.u, channel);
+    auto dy = start(Tag<const T>(), p.y, channel), state = start(Tag<const T>(), p.state, channel);
+    auto logits = start(Tag<const L>(), p.logits, group * p.logits.group);
+    auto grad_x = start(Tag<T>(), p.grad_x, channel);
+    // The gradients of lam and u lie as that of x does.
+    const long long to_lam = static_cast<T*>(p.grad_lam.data) - static_cast<T*>(p.grad_x.data);
+    const long long to_u = static_cast<T*>(p.grad_u.data) - static_cast<T*>(p.grad_x.data);
+    auto grad_logits = start(Tag<L>(), p.grad_logits, group * p.grad_logits.group);
+    auto partial = start(Tag<float>(), p.partial, group * p.partial.group + at.slice % p.parts * p.part_stride);
+
+    // On their way: dy, u, lam, x of the next AHEAD lines, the state of the line before each (and, at the edges of a share,
+    // of the neighbour's nearest position).
+    Vector dy_next[AHEAD][TURNS], h_next[AHEAD][TURNS], edge_next[CLUSTER > 1 ? AHEAD : 1][TURNS];
+    Vector u_next[U ? AHEAD : 1][TURNS], lam_next[LAM ? AHEAD : 1][TURNS], x_next[LAM ? AHEAD : 1][TURNS];
+    Packed<L, 3 * VEC> taps_next[SETS > 1 ? AHEAD : 1][TURNS];
+    float current[TURNS][VEC], carried[TURNS][VEC] = {};  // h of this line; the middle tap's term of the line after
+    if constexpr (U) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) load_vector<T, VEC>(current[turn], state.at(j.away[turn]));
+    }
+    const auto fetch = [&](bool exists, bool has_before, int slot) {
+        state.next();
+        if (exists) {
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+                dy_next[slot][turn].load(dy.at(j.away[turn]));
+                if constexpr (U) u_next[slot][turn].load(u.at(j.away[turn]));
+                if constexpr (LAM) lam_next[slot][turn].load(lam.at(j.away[turn]));
+                if constexpr (LAM) x_next[slot][turn].load(x.at(j.away[turn]));
+                if constexpr (SETS > 1) taps_next[slot][turn].load(logits.at(j.away[turn]));
+                if (!has_before) continue;
+                h_next[slot][turn].load(state.at(j.away[turn]));
+                if constexpr (CLUSTER > 1) {
+                    if (j.low_edge(turn)) edge_next[slot][turn].load(state.at(j.away[turn] - 1));
+                    if (j.high_edge(turn)) edge_next[slot][turn].load(state.at(j.away[turn] + 1));
+                }
+            }
+        }
+        dy.next();
+        if constexpr (U) u.next();
+        if constexpr (LAM) lam.next(), x.next();
+        if constexpr (SETS > 1) logits.next();
+    };
+#pragma unroll
+    for (int s = 0; s < AHEAD; ++s) fetch(s < lines, s + 1 < lines, s);
+    using Shared = SharedTaps<L, LANES, AHEAD, TURNS>;
+    Shared shared_next = {};
+    if constexpr (SETS == 1) shared_next.load(logits, j, lane, lines);
+
+    // FULL: this batch and the next have all their lines, and one more.
+    const auto scan_batch = [&](auto full, int batch) {
+        constexpr bool FULL = decltype(full)::value;
+        float shared_logit[TURNS][Shared::OWN][3], shared_weight[TURNS][Shared::OWN][3];
+        float shared_sum[TURNS][Shared::OWN][3];  // d loss / d weights of the lines whose weights this lane has
+        if constexpr (SETS == 1) {
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+#pragma unroll
+                for (int m = 0; m < Shared::OWN; ++m) {
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) shared_logit[turn][m][t] = to_float(shared_next.taps[turn][m][t]);
+                    normalize(shared_weight[turn][m], shared_logit[turn][m], j.has_lower(turn), j.has_higher(turn), p.softmax);
+                }
+            }
+            logits.line += static_cast<long long>(AHEAD) * logits.next_line;
+            shared_next.load(logits, j, lane, FULL ? AHEAD : lines - batch - AHEAD);
+        }
+#pragma unroll
+        for (int s = 0; s < AHEAD; ++s) {
+            const int n = batch + s, buffer = s & 1;
+            if (!FULL && n >= lines) break;
+            const bool has_before = FULL || n + 1 < lines;
+            float h_before[TURNS][VEC];
+            [[maybe_unused]] float logit[TURNS][SETS][3], weight[TURNS][SETS][3];
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+                h_next[s][turn].unpack(h_before[turn]);
+                if (!has_before) {
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) h_before[turn][e] = 0.f;
+                }
+                if (j.own(turn)) store_vector<float, VEC>(h.at(buffer, j[turn], lane), h_before[turn]);
+                if constexpr (CLUSTER > 1) {
+                    if (j.low_edge(turn) || j.high_edge(turn)) {
+                        float edge[VEC] = {};
+                        if (has_before) edge_next[s][turn].unpack(edge);
+                        store_vector<float, VEC>(h.at(buffer, j.low_edge(turn) ? -1 : at.owned, lane), edge);
                     }
                 }
-            }
-        }
-    };
-    // The gates and logits of line i and the state of the line before it.
-    const auto stage = [&](int i, int slot) {
-        if constexpr (STAGES > 0) {
-            if (i >= at.first && mine) {
-                for (int j = threadIdx.y; j < at.owned; j += blockDim.y) {
-                    const int vector = j * p.lanes + lane;
-                    unsigned char* to = stages + slot * stage_bytes + vector * VEC * sizeof(T);
-                    copy_async<VEC * sizeof(T)>(to, dy.at(i, j));
-                    if (u) copy_async<VEC * sizeof(T)>(to += tensor_bytes, u.at(i, j));
-                    if (lam) copy_async<VEC * sizeof(T)>(to += tensor_bytes, lam.at(i, j));
-                    if (lam) copy_async<VEC * sizeof(T)>(to += tensor_bytes, x.at(i, j));
-                    stage_logits<L, VEC, SETS>(
-                        stages + (slot + 1) * stage_bytes - round16(vectors * LOGITS) + vector * LOGITS, logits.at(i, j));
-                }
-            }
-            stage_state(i - 1);
-            copy_commit();
-        }
-    };
-
-    struct Vector {
-        float gradient[VEC], gated[VEC], weight[SETS][3], logit[SETS][3];
-    };
-    const auto prepare = [&](Vector& v, int i, int j, int slot) {
-        const int vector = j * p.lanes + lane;
-        const T* staged = reinterpret_cast<const T*>(stages + slot * stage_bytes + vector * VEC * sizeof(T));
-        load_vector<T, VEC>(v.gradient, STAGES ? staged : dy.at(i, j));
+                if constexpr (SETS == 1) {
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) v.gated[e] = v.gradient[e];
-        if (u) {
-            float gate[VEC];
-            load_vector<T, VEC>(gate, STAGES ? staged + tensor_bytes / sizeof(T) : u.at(i, j));
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) v.gated[e] *= gate[e];
-        }
-        const L* taps = logits.at(i, j);
-        if constexpr (STAGES > 0) {
-            taps = staged_logits<L, SETS>(
-                stages + (slot + 1) * stage_bytes - round16(vectors * LOGITS) + vector * LOGITS, taps);
-        }
-        load_logits<L, SETS>(v.logit, taps);
-#pragma unroll
-        for (int s = 0; s < SETS; ++s) {
-            normalize(v.weight[s], v.logit[s], at.start + j > 0, at.start + j < at.length - 1, p.softmax);
-        }
-    };
-    const auto finish = [&](Vector& v, int i, int j, int slot, int buffer, bool work) {
-        float product[SETS][3] = {};  // sums over this thread's channels of g times the state of the line before
-        if (work) {
-            float after[VEC], taps[3 * SETS];
-#pragma unroll
-            for (int t = 0; t < 3; ++t) {  // position j - (t - 1) of the line after reached here through its tap t
-                g.read(after, buffer ^ 1, j + 1 - t, lane);
-                weights.read(taps, buffer ^ 1, j + 1 - t, lane);
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) v.gated[e] += taps[SETS > 1 ? 3 * e + t : t] * after[e];
-            }
-            float whole[VEC], carried[VEC] = {};  // g; with decay, the sum over the taps of this line
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) whole[e] = v.gated[e];
-            const int vector = j * p.lanes + lane, next = tensor_bytes / sizeof(T);
-            const T* staged = reinterpret_cast<const T*>(stages + slot * stage_bytes + vector * VEC * sizeof(T)) + bool(u) * next;
-            if constexpr (GSPN2_DECAY) {
-                load_vector<T, VEC>(after, STAGES ? staged + next : lam.at(i, j));
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) v.gated[e] *= 1.f - after[e];
-            }
-            g.template publish<CLUSTER>(buffer, j, lane, v.gated, at.rank);
-#pragma unroll
-            for (int s = 0; s < SETS; ++s)
-#pragma unroll
-                for (int t = 0; t < 3; ++t) taps[3 * s + t] = v.weight[s][t];
-            weights.template publish<CLUSTER>(buffer, j, lane, taps, at.rank);
-
-            float other[VEC], result[VEC];
-            if (u) {
-                load_vector<T, VEC>(other, STAGES ? state_slot(i, j) : state.at(i, j));
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) result[e] = other[e] * v.gradient[e];
-                store_vector<T, VEC>(grad_u.at(i, j), result);
-            }
-            if (lam) {
-                load_vector<T, VEC>(other, STAGES ? staged + next : lam.at(i, j));
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) result[e] = other[e] * whole[e];
-                store_vector<T, VEC>(grad_x.at(i, j), result);
-                if constexpr (!GSPN2_DECAY) {
-                    load_vector<T, VEC>(other, STAGES ? staged + 2 * next : x.at(i, j));
-#pragma unroll
-                    for (int e = 0; e < VEC; ++e) result[e] = other[e] * whole[e];
-                    store_vector<T, VEC>(grad_lam.at(i, j), result);
-                }
-            } else {
-                store_vector<T, VEC>(grad_x.at(i, j), whole);
-            }
-            if (i > at.first) {
-#pragma unroll
-                for (int t = 0; t < 3; ++t) {
-                    const int neighbour = at.start + j + t - 1;
-                    if (neighbour < 0 || neighbour >= at.length) continue;
-                    load_vector<T, VEC>(other, STAGES ? state_slot(i - 1, j + t - 1) : state.at(i - 1, j + t - 1));
+                    for (int t = 0; t < 3; ++t) weight[turn][0][t] = from_owner<LANES>(shared_weight[turn][s / LANES][t], s);
+                } else {
+                    float flat[3 * VEC];
+                    taps_next[s][turn].unpack(flat);
 #pragma unroll
                     for (int e = 0; e < VEC; ++e) {
-                        product[SETS > 1 ? e : 0][t] += v.gated[e] * other[e];
-                        if constexpr (GSPN2_DECAY) carried[e] += v.weight[SETS > 1 ? e : 0][t] * other[e];
+#pragma unroll
+                        for (int t = 0; t < 3; ++t) logit[turn][e][t] = flat[3 * e + t];
+                        normalize(weight[turn][e], logit[turn][e], j.has_lower(turn), j.has_higher(turn), p.softmax);
                     }
                 }
             }
-            if constexpr (GSPN2_DECAY) {
-                load_vector<T, VEC>(other, STAGES ? staged + 2 * next : x.at(i, j));
+            block_barrier();  // the terms from the line after and the state of the line before are complete
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) result[e] = (other[e] - carried[e]) * whole[e];
-                store_vector<T, VEC>(grad_lam.at(i, j), result);
+            for (int turn = 0; turn < TURNS; ++turn) {
+                if constexpr (CLUSTER > 1) {
+                    if (n > 0 && j.low_edge(turn)) receive(buffer ^ 1, 0, (n - 1) / 2, lane, halo_bytes);
+                    if (n > 0 && j.high_edge(turn)) receive(buffer ^ 1, 1, (n - 1) / 2, lane, halo_bytes);
+                }
+                float gradient[VEC], whole[VEC], gate[VEC], value[VEC];
+                dy_next[s][turn].unpack(gradient);
+                if constexpr (U) u_next[s][turn].unpack(whole);
+                if constexpr (LAM) lam_next[s][turn].unpack(gate), x_next[s][turn].unpack(value);
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) whole[e] = U ? whole[e] * gradient[e] : gradient[e];
+                float from_low[VEC], from_high[VEC], h_low[VEC], h_high[VEC], to_low[VEC], to_high[VEC], result[VEC];
+                float sum[SETS][3] = {};  // over this thread's channels
+                load_vector<float, VEC>(from_low, higher.at(buffer ^ 1, j[turn] - 1, lane));
+                load_vector<float, VEC>(from_high, lower.at(buffer ^ 1, j[turn] + 1, lane));
+                load_vector<float, VEC>(h_low, h.at(buffer, j[turn] - 1, lane));
+                load_vector<float, VEC>(h_high, h.at(buffer, j[turn] + 1, lane));
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) {
+                    const float (&w)[3] = weight[turn][SETS > 1 ? e : 0];
+                    whole[e] += carried[turn][e] + from_low[e] + from_high[e];
+                    const float passed = DECAY ? (1.f - gate[e]) * whole[e] : whole[e];
+                    to_low[e] = w[0] * passed;
+                    carried[turn][e] = w[1] * passed;
+                    to_high[e] = w[2] * passed;
+                    float (&total)[3] = sum[SETS > 1 ? e : 0];
+                    total[0] += passed * h_low[e];
+                    total[1] += passed * h_before[turn][e];
+                    total[2] += passed * h_high[e];
+                }
+                if (j.own(turn)) {
+                    store_vector<float, VEC>(lower.at(buffer, j[turn], lane), to_low);
+                    store_vector<float, VEC>(higher.at(buffer, j[turn], lane), to_high);
+                    if constexpr (CLUSTER > 1) {
+                        if (FULL || n + 1 < lines) {
+                            if (j.low_edge(turn)) send<VEC>(lower.at(buffer, h.positions, lane), to_low, signal_of(buffer, 1), at.rank - 1);
+                            if (j.high_edge(turn)) send<VEC>(higher.at(buffer, -1, lane), to_high, signal_of(buffer, 0), at.rank + 1);
+                        }
+                    }
+                }
+                if constexpr (U) {
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) result[e] = current[turn][e] * gradient[e], current[turn][e] = h_before[turn][e];
+                    if (j.own(turn)) store_vector<T, VEC>(grad_x.at(j.away[turn]) + to_u, result);
+                }
+                if constexpr (LAM) {
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) result[e] = gate[e] * whole[e];
+                    if (j.own(turn)) store_vector<T, VEC>(grad_x.at(j.away[turn]), result);
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) {
+                        const float (&w)[3] = weight[turn][SETS > 1 ? e : 0];
+                        const float mixed = w[0] * h_low[e] + w[1] * h_before[turn][e] + w[2] * h_high[e];
+                        result[e] = (DECAY ? value[e] - mixed : value[e]) * whole[e];
+                    }
+                    if (j.own(turn)) store_vector<T, VEC>(grad_x.at(j.away[turn]) + to_lam, result);
+                } else {
+                    if (j.own(turn)) store_vector<T, VEC>(grad_x.at(j.away[turn]), whole);
+                }
+                if constexpr (SETS == 1) {  // over the lanes of the position, in an order that does not change
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) {
+                        float total = lane < left ? sum[0][t] : 0.f;
+#pragma unroll
+                        for (int mask = 1; mask < LANES; mask *= 2) total += shuffle_xor(total, mask);
+                        if (LANES == 1 || s % LANES == lane) shared_sum[turn][s / LANES][t] = total;
+                    }
+                } else if (j.own(turn)) {
+                    float flat[3 * VEC];
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) {
+                        float each[3];
+                        through_normalizer(each, weight[turn][e], logit[turn][e], sum[e], p.softmax);
+#pragma unroll
+                        for (int t = 0; t < 3; ++t) flat[3 * e + t] = each[t];
+                    }
+                    store_vector<L, 3 * VEC>(grad_logits.at(j.away[turn]), flat);
+                }
             }
-        }
-        if constexpr (SETS == 1) {  // over the lanes of the group, in their order
-#pragma unroll
-            for (int t = 0; t < 3; ++t) {
-                float total = product[0][t];
-                for (int s = 1; s < sharing; ++s) total += shuffle_down(product[0][t], s);
-                product[0][t] = total;
-            }
-        }
-        if (!work || !leads) return;
-        if (partial) {
-#pragma unroll
-            for (int t = 0; t < 3; ++t) partial.at(i, j)[t] = product[0][t];
-            return;
-        }
-        float result[3 * SETS];
-#pragma unroll
-        for (int s = 0; s < SETS; ++s) {
-            float mean = 0.f;
-#pragma unroll
-            for (int t = 0; t < 3; ++t) mean += v.weight[s][t] * product[s][t];
-#pragma unroll
-            for (int t = 0; t < 3; ++t) {
-                result[3 * s + t] = slope(v.weight[s][t], v.logit[s][t], p.softmax) * (product[s][t] - mean);
-            }
+            grad_x.next();
+            fetch(FULL || n + AHEAD < lines, FULL || n + AHEAD + 1 < lines, s);
+            if constexpr (SETS > 1) grad_logits.next();
         }
         if constexpr (SETS == 1) {
 #pragma unroll
-            for (int t = 0; t < 3; ++t) grad_logits.at(i, j)[t] = from_float<L>(result[t]);
-        } else {
-            store_vector<L, 3 * SETS>(grad_logits.at(i, j), result);
+            for (int turn = 0; turn < TURNS; ++turn) {
+#pragma unroll
+                for (int m = 0; m < Shared::OWN; ++m) {
+                    const int s = lane + m * LANES;
+                    if (s >= AHEAD || (!FULL && batch + s >= lines) || threadIdx.y + turn * blockDim.y >= at.owned) continue;
+                    if constexpr (PARTIAL) {
+                        float* to = partial.at(j.away[turn]) + static_cast<long long>(s) * partial.next_line;
+#pragma unroll
+                        for (int t = 0; t < 3; ++t) to[t] = shared_sum[turn][m][t];
+                    } else {
+                        float result[3];
+                        through_normalizer(result, shared_weight[turn][m], shared_logit[turn][m], shared_sum[turn][m], p.softmax);
+                        L* to = grad_logits.at(j.away[turn]) + static_cast<long long>(s) * grad_logits.next_line;
+#pragma unroll
+                        for (int t = 0; t < 3; ++t) to[t] = from_float<L>(result[t]);
+                    }
+                }
+            }
+            partial.line += static_cast<long long>(AHEAD) * partial.next_line;
+            grad_logits.line += static_cast<long long>(AHEAD) * grad_logits.next_line;
         }
     };
-
-    if (u) stage_state(at.last - 1);
-    for (int ahead = 0; ahead < STAGES; ++ahead) stage(at.last - 1 - ahead, ahead);
-    // Neighbours read the staged h, so a thread's copies for a line land before it arrives at that line's barrier.
-    if constexpr (STAGES > 0) copy_wait<RING - 1>();
-    line_arrive<CLUSTER>();
-    int slot = 0;
-    for (int i = at.last - 1; i >= at.first; --i) {
-        const int buffer = i & 1;
-        Vector v;
-        int j = threadIdx.y;
-        bool work = mine && j < at.owned;
-        if (work) prepare(v, i, j, slot);
-        line_wait<CLUSTER>();
-        finish(v, i, j, slot, buffer, work);
-        // All threads of a warp take every turn: they meet in the shuffles.
-        for (int turn = blockDim.y; turn < at.owned; turn += blockDim.y) {
-            j = turn + threadIdx.y;
-            work = mine && j < at.owned;
-            if (work) prepare(v, i, j, slot);
-            finish(v, i, j, slot, buffer, work);
-        }
-        stage(i - STAGES, slot);
-        if constexpr (STAGES > 0) copy_wait<RING - 1>();
-        line_arrive<CLUSTER>();
-        slot = slot + 1 == RING ? 0 : slot + 1;
-    }
-    if constexpr (CLUSTER > 1) line_wait<CLUSTER>();
+    int batch = 0;
+    for (; batch + 2 * AHEAD < lines; batch += AHEAD) scan_batch(Constant<true>(), batch);
+    for (; batch < lines; batch += AHEAD) scan_batch(Constant<false>(), batch);
 }
 
 // Where a group's channels are spread over several blocks: adds their partial sums, in order, and goes through the normaliser.
@@ -256,17 +260,18 @@ GSPN2_DEVICE void sum_partials(const Params& p) {
     };
     const bool horizontal = (p.directions >> (2 * k) & 3) < 2;
     const int j = horizontal ? row : column, length = horizontal ? p.height : p.width;
-    float logit[1][3], weight[3], total[3] = {0.f, 0.f, 0.f}, mean = 0.f;
-    load_logits<L, 1>(logit, static_cast<const L*>(p.logits.data) + offset(p.logits));
-    normalize(weight, logit[0], j > 0, j < length - 1, p.softmax);
+    float logit[3], weight[3], total[3] = {0.f, 0.f, 0.f}, result[3];
+    const L* taps = static_cast<const L*>(p.logits.data) + offset(p.logits);
+#pragma unroll
+    for (int t = 0; t < 3; ++t) logit[t] = to_float(taps[t]);
+    normalize(weight, logit, j > 0, j < length - 1, p.softmax);
     const float* from = static_cast<const float*>(p.partial.data) + offset(p.partial);
     for (int part = 0; part < p.parts; ++part) {
 #pragma unroll
         for (int t = 0; t < 3; ++t) total[t] += from[part * p.part_stride + t];
     }
+    through_normalizer(result, weight, logit, total, p.softmax);
     L* to = static_cast<L*>(p.grad_logits.data) + offset(p.grad_logits);
 #pragma unroll
-    for (int t = 0; t < 3; ++t) mean += weight[t] * total[t];
-#pragma unroll
-    for (int t = 0; t < 3; ++t) to[t] = from_float<L>(slope(weight[t], logit[0][t], p.softmax) * (total[t] - mean));
+    for (int t = 0; t < 3; ++t) to[t] = from_float<L>(result[t]);
 }

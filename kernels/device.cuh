@@ -10,55 +10,93 @@ extern __shared__ __align__(16) unsigned char gspn2_shared[];
 
 GSPN2_DEVICE unsigned char* shared_memory() { return gspn2_shared; }
 
-// Asynchronous copy of 4, 8 or 16 bytes from global to shared memory, aligned to its size.
-template <int BYTES>
-GSPN2_DEVICE void copy_async(void* shared, const void* global) {
-    unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(BYTES) : "memory");
-    }
-}
-
-// The first `bytes` (1 ... 4) of an aligned word; the rest of the word in shared memory becomes 0 and is not read.
-GSPN2_DEVICE void copy_async_word(void* shared, const void* global, int bytes) {
-    unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
-}
-
-GSPN2_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Returns when all but the newest PENDING groups of this thread's copies have landed.
-template <int PENDING>
-GSPN2_DEVICE void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+// Says that a pointer is one to global memory, so that the compiler need not find out at every access.
+template <typename T>
+GSPN2_DEVICE T* global_memory(T* pointer) {
+    unsigned long long address;
+    asm("cvta.to.global.u64 %0, %1;" : "=l"(address) : "l"(pointer));
+    return reinterpret_cast<T*>(__cvta_global_to_generic(address));
 }
 
 GSPN2_DEVICE void block_barrier() { __syncthreads(); }
 
-#if __CUDA_ARCH__ >= 900
-GSPN2_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-GSPN2_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// The value of another lane of the warp; all 32 lanes call it.
+GSPN2_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+GSPN2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// The same place in the shared memory of block `rank` of the cluster.
-template <typename T>
-GSPN2_DEVICE T* cluster_peer(T* shared, int rank) {
-    T* peer;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(shared), "r"(rank));
+// What a line's edge waits for in a cluster: an mbarrier in the receiver's shared memory that counts the bytes of its phase.
+// Sending says nothing about the sender's other stores, so it does not wait for them, as a cluster's barrier would.
+struct Signal {
+    unsigned long long bits;
+};
+
+#if __CUDA_ARCH__ >= 900
+GSPN2_DEVICE unsigned shared_address(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
+GSPN2_DEVICE unsigned peer_address(const void* shared, int rank) {
+    unsigned peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(shared_address(shared)), "r"(rank));
     return peer;
 }
+GSPN2_DEVICE void signal_init(Signal* signal) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(signal)) : "memory");
+}
+// All blocks of the cluster have initialised their shared memory.
+GSPN2_DEVICE void cluster_ready() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+GSPN2_DEVICE void signal_expect(Signal* signal, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(signal)), "r"(bytes) : "memory");
+}
+GSPN2_DEVICE void signal_wait(Signal* signal, int parity) {
+    unsigned done;
+    do {
+        asm volatile(
+            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+            : "=r"(done)
+            : "r"(shared_address(signal)), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+// Write `values` to the same place in the shared memory of block `rank` and count them on its `signal`.
+template <int N>
+GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, int rank) {
+    static_assert(N == 1 || N == 2 || N == 4, "one vector of words");
+    const unsigned to = peer_address(target, rank), on = peer_address(signal, rank);
+    if constexpr (N == 4) {
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                     "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(on)
+                     : "memory");
+    } else if constexpr (N == 2) {
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                     "f"(values[0]), "f"(values[1]), "r"(on)
+                     : "memory");
+    } else {
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(values[0]), "r"(on)
+                     : "memory");
+    }
+}
 #else
-GSPN2_DEVICE void cluster_arrive() {}
-GSPN2_DEVICE void cluster_wait() {}
-template <typename T>
-GSPN2_DEVICE T* cluster_peer(T* shared, int) { return shared; }
+GSPN2_DEVICE void signal_init(Signal*) {}
+GSPN2_DEVICE void cluster_ready() {}
+GSPN2_DEVICE void signal_expect(Signal*, int) {}
+GSPN2_DEVICE void signal_wait(Signal*, int) {}
+template <int N>
+GSPN2_DEVICE void send(float*, const float (&)[N], Signal*, int) {}
 #endif
 
-GSPN2_DEVICE float shuffle_down(float value, int lanes) { return __shfl_down_sync(0xffffffffu, value, lanes); }
-
-GSPN2_DEVICE float fast_exp(float value) { return __expf(value); }
-GSPN2_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+// Two units in the last place; results below 1.2e-38 are 0.
+GSPN2_DEVICE float fast_exp(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value * 1.44269504f));
+    return result;
+}
+GSPN2_DEVICE float fast_divide(float a, float b) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));
+    return a * reciprocal;
+}
 
 struct Half {
     unsigned short bits;

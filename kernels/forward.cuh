@@ -3,121 +3,142 @@
 
 #include "scan.cuh"
 
-template <typename T, typename L, int VEC, int SETS, int STAGES, int CLUSTER>
+template <typename T, typename L, int VEC, int SETS, int LANES, int AHEAD, int TURNS, int CLUSTER, int HAS, bool DECAY>
 GSPN2_DEVICE void scan_forward(const Params& p) {
-    static_assert(STAGES == 0 || VEC * sizeof(T) >= 4, "asynchronous copies move at least 4 bytes");
-    constexpr int RING = STAGES ? STAGES : 1, LOGITS = staged_logit_bytes(sizeof(L), VEC, SETS);
+    static_assert(AHEAD % 2 == 0, "the buffer of a line is known from its place in the batch");
+    constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, STATE = HAS & HAS_STATE;
+    using Vector = Packed<T, VEC>;
     const Place at = find_place<CLUSTER>(p);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
+    const int lane = threadIdx.x, lines = at.last - at.first, left = p.channels / VEC - at.slice * LANES;
+    const int first_channel = at.slice * LANES * VEC, channel = first_channel + (lane < left ? lane * VEC : 0);
+    const int group = (SETS > 1 ? channel : first_channel) / (p.channels / p.groups);
 
-    const int lane = threadIdx.x, channel = (at.slice * p.lanes + lane) * VEC;
-    const bool mine = lane < p.lanes && channel < p.channels;
-    const int lines = at.horizontal ? p.width : p.height, group = channel / (p.channels / p.groups);
-    const Lines<const T> x = lines_of<const T>(p.x, at, lines, channel);
-    const Lines<const T> lam = lines_of<const T>(p.lam, at, lines, channel);
-    const Lines<const T> u = lines_of<const T>(p.u, at, lines, channel);
-    const Lines<const L> logits = lines_of<const L>(p.logits, at, lines, group * p.logits.group);
-    const Lines<T> state = lines_of<T>(p.state, at, lines, channel);
-    const Lines<T> y = lines_of<T>(p.y, at, lines, channel);
+    Exchange<VEC, LANES> h{nullptr, at.positions};
+    h.data = clear_shared<CLUSTER>(h.size());
+    if (!at.owned) return;
+    const Positions<TURNS> j = find_positions<TURNS>(at, lane < left);
+    const int halo_bytes = (left < LANES ? left : LANES) * VEC * 4;
 
-    // Shared memory: the exchanged lines, then for each stage x, lam, u and the logits of every vector that the block owns.
-    const Exchange<VEC> h{reinterpret_cast<float*>(shared_memory()), p.lanes, at.positions};
-    const int vectors = at.positions * p.lanes, tensor_bytes = round16(vectors * VEC * sizeof(T));
-    const int stage_bytes = (1 + bool(lam) + bool(u)) * tensor_bytes + round16(vectors * LOGITS);
-    unsigned char* const stages = reinterpret_cast<unsigned char*>(h.data + h.size());
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-    for (int e = thread; e < h.size(); e += threads) h.data[e] = 0.f;
+    const auto start = [&](auto walk_type, const View& view, long long offset) {
+        return walk<typename decltype(walk_type)::Type>(view, at, p, at.first, 1, j.first, offset);
+    };
+    auto x = start(Tag<const T>(), p.x, channel), lam = start(Tag<const T>(), p.lam, channel), u = start(Tag<const T>(), p.u, channel);
+    auto logits = start(Tag<const L>(), p.logits, group * p.logits.group);
+    auto y = start(Tag<T>(), p.y, channel), state = start(Tag<T>(), p.state, channel);
 
-    const auto stage = [&](int i, int slot) {
-        if constexpr (STAGES > 0) {
-            if (i < at.last && mine) {
-                for (int j = threadIdx.y; j < at.owned; j += blockDim.y) {
-                    const int vector = j * p.lanes + lane;
-                    unsigned char* to = stages + slot * stage_bytes + vector * VEC * sizeof(T);
-                    copy_async<VEC * sizeof(T)>(to, x.at(i, j));
-                    if (lam) copy_async<VEC * sizeof(T)>(to += tensor_bytes, lam.at(i, j));
-                    if (u) copy_async<VEC * sizeof(T)>(to += tensor_bytes, u.at(i, j));
-                    stage_logits<L, VEC, SETS>(
-                        stages + (slot + 1) * stage_bytes - round16(vectors * LOGITS) + vector * LOGITS, logits.at(i, j));
+    // On their way: x, lam, u (and logits, where each channel has its own weights) of the next AHEAD lines.
+    Vector x_next[AHEAD][TURNS], lam_next[LAM ? AHEAD : 1][TURNS], u_next[U ? AHEAD : 1][TURNS];
+    Packed<L, 3 * VEC> taps_next[SETS > 1 ? AHEAD : 1][TURNS];
+    const auto fetch = [&](bool exists, int slot) {
+        if (exists) {
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+                x_next[slot][turn].load(x.at(j.away[turn]));
+                if constexpr (LAM) lam_next[slot][turn].load(lam.at(j.away[turn]));
+                if constexpr (U) u_next[slot][turn].load(u.at(j.away[turn]));
+                if constexpr (SETS > 1) taps_next[slot][turn].load(logits.at(j.away[turn]));
+            }
+        }
+        x.next();
+        if constexpr (LAM) lam.next();
+        if constexpr (U) u.next();
+        if constexpr (SETS > 1) logits.next();
+    };
+#pragma unroll
+    for (int s = 0; s < AHEAD; ++s) fetch(s < lines, s);
+    using Shared = SharedTaps<L, LANES, AHEAD, TURNS>;
+    Shared shared_next = {};
+    if constexpr (SETS == 1) shared_next.load(logits, j, lane, lines);
+
+    float before[TURNS][VEC] = {};  // this thread's own state of the line before
+    // FULL: this batch and the next have all their lines.
+    const auto scan_batch = [&](auto full, int batch) {
+        constexpr bool FULL = decltype(full)::value;
+        [[maybe_unused]] float shared_weight[TURNS][Shared::OWN][3];
+        if constexpr (SETS == 1) {
+#pragma unroll
+            for (int turn = 0; turn < TURNS; ++turn) {
+#pragma unroll
+                for (int m = 0; m < Shared::OWN; ++m) {
+                    float logit[3];
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) logit[t] = to_float(shared_next.taps[turn][m][t]);
+                    normalize(shared_weight[turn][m], logit, j.has_lower(turn), j.has_higher(turn), p.softmax);
                 }
             }
-            copy_commit();  // an empty group where there is nothing to copy, so that the count of groups stays the line's
+            logits.line += static_cast<long long>(AHEAD) * logits.next_line;
+            shared_next.load(logits, j, lane, FULL ? AHEAD : lines - batch - AHEAD);
         }
-    };
-
-    struct Vector {
-        float input[VEC], gate[VEC], weight[SETS][3];
-        float keep[GSPN2_DECAY ? VEC : 1];  // 1 - lam
-    };
-    // What a vector needs besides its neighbours.
-    const auto prepare = [&](Vector& v, int i, int j, int slot) {
-        const int vector = j * p.lanes + lane;
-        const T* staged = reinterpret_cast<const T*>(stages + slot * stage_bytes + vector * VEC * sizeof(T));
-        const int next = tensor_bytes / sizeof(T);
-        load_vector<T, VEC>(v.input, STAGES ? staged : x.at(i, j));
-        if (lam) {
-            load_vector<T, VEC>(v.gate, STAGES ? staged += next : lam.at(i, j));
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) v.input[e] *= v.gate[e];
-            if constexpr (GSPN2_DECAY) {
+        for (int s = 0; s < AHEAD; ++s) {
+            const int n = batch + s, buffer = s & 1;
+            if (!FULL && n >= lines) break;
+            float value[TURNS][VEC], gate[TURNS][VEC], keep[TURNS][VEC], weight[TURNS][SETS][3];
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) v.keep[e] = 1.f - v.gate[e];
+            for (int turn = 0; turn < TURNS; ++turn) {
+                x_next[s][turn].unpack(value[turn]);
+                if constexpr (LAM) {
+                    float input[VEC];
+                    lam_next[s][turn].unpack(input);
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) value[turn][e] *= input[e], keep[turn][e] = 1.f - input[e];
+                }
+                if constexpr (U) u_next[s][turn].unpack(gate[turn]);
+                if constexpr (SETS == 1) {
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) weight[turn][0][t] = from_owner<LANES>(shared_weight[turn][s / LANES][t], s);
+                } else {
+                    float flat[3 * VEC];
+                    taps_next[s][turn].unpack(flat);
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) {
+                        const float logit[3] = {flat[3 * e], flat[3 * e + 1], flat[3 * e + 2]};
+                        normalize(weight[turn][e], logit, j.has_lower(turn), j.has_higher(turn), p.softmax);
+                    }
+                }
             }
-        }
-        if (u) load_vector<T, VEC>(v.gate, STAGES ? staged + next : u.at(i, j));
-        const L* taps = logits.at(i, j);
-        if constexpr (STAGES > 0) {
-            taps = staged_logits<L, SETS>(
-                stages + (slot + 1) * stage_bytes - round16(vectors * LOGITS) + vector * LOGITS, taps);
-        }
-        float logit[SETS][3];
-        load_logits<L, SETS>(logit, taps);
+            fetch(FULL || n + AHEAD < lines, s);
+            block_barrier();  // the line before is complete
 #pragma unroll
-        for (int s = 0; s < SETS; ++s) {
-            normalize(v.weight[s], logit[s], at.start + j > 0, at.start + j < at.length - 1, p.softmax);
+            for (int turn = 0; turn < TURNS; ++turn) {
+                if constexpr (CLUSTER > 1) {
+                    if (n > 0 && j.low_edge(turn)) receive(buffer ^ 1, 0, (n - 1) / 2, lane, halo_bytes);
+                    if (n > 0 && j.high_edge(turn)) receive(buffer ^ 1, 1, (n - 1) / 2, lane, halo_bytes);
+                }
+                float low[VEC], high[VEC], h_now[VEC];
+                load_vector<float, VEC>(low, h.at(buffer ^ 1, j[turn] - 1, lane));
+                load_vector<float, VEC>(high, h.at(buffer ^ 1, j[turn] + 1, lane));
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) {
+                    const float (&w)[3] = weight[turn][SETS > 1 ? e : 0];
+                    if constexpr (DECAY) {
+                        h_now[e] = value[turn][e] + keep[turn][e] * (w[1] * before[turn][e] + w[0] * low[e] + w[2] * high[e]);
+                    } else {
+                        h_now[e] = value[turn][e] + w[1] * before[turn][e] + w[0] * low[e] + w[2] * high[e];
+                    }
+                    before[turn][e] = h_now[e];
+                }
+                if (!j.own(turn)) continue;
+                store_vector<float, VEC>(h.at(buffer, j[turn], lane), h_now);
+                if constexpr (CLUSTER > 1) {
+                    if (FULL || n + 1 < lines) {
+                        if (j.low_edge(turn)) send<VEC>(h.at(buffer, h.positions, lane), h_now, signal_of(buffer, 1), at.rank - 1);
+                        if (j.high_edge(turn)) send<VEC>(h.at(buffer, -1, lane), h_now, signal_of(buffer, 0), at.rank + 1);
+                    }
+                }
+                if constexpr (STATE) store_vector<T, VEC>(state.at(j.away[turn]), h_now);
+                if constexpr (U) {
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) h_now[e] *= gate[turn][e];
+                }
+                store_vector<T, VEC>(y.at(j.away[turn]), h_now);
+            }
+            if constexpr (STATE) state.next();
+            y.next();
         }
     };
-    const auto finish = [&](Vector& v, int i, int j, int buffer) {
-        float before[VEC];
-#pragma unroll
-        for (int t = 0; t < 3; ++t) {
-            h.read(before, buffer ^ 1, j + t - 1, lane);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-                const float tap = v.weight[SETS > 1 ? e : 0][t];
-                v.input[e] += (GSPN2_DECAY ? tap * v.keep[GSPN2_DECAY ? e : 0] : tap) * before[e];
-            }
-        }
-        h.template publish<CLUSTER>(buffer, j, lane, v.input, at.rank);
-        if (state) store_vector<T, VEC>(state.at(i, j), v.input);
-        if (u) {
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) v.input[e] *= v.gate[e];
-        }
-        store_vector<T, VEC>(y.at(i, j), v.input);
-    };
-
-    for (int ahead = 0; ahead < STAGES; ++ahead) stage(at.first + ahead, ahead);
-    line_arrive<CLUSTER>();
-    int slot = 0;
-    for (int i = at.first; i < at.last; ++i) {
-        const int buffer = i & 1, j = threadIdx.y;
-        if constexpr (STAGES > 0) copy_wait<RING - 1>();
-        Vector v;
-        const bool work = mine && j < at.owned;
-        if (work) prepare(v, i, j, slot);
-        line_wait<CLUSTER>();
-        if (work) finish(v, i, j, buffer);
-        if (mine) {
-            for (int further = j + blockDim.y; further < at.owned; further += blockDim.y) {
-                prepare(v, i, further, slot);
-                finish(v, i, further, buffer);
-            }
-        }
-        line_arrive<CLUSTER>();
-        stage(i + STAGES, slot);
-        slot = slot + 1 == RING ? 0 : slot + 1;
-    }
-    // Nobody's shared memory may go while a neighbour can still write its edge there.
-    if constexpr (CLUSTER > 1) line_wait<CLUSTER>();
+    int batch = 0;
+    for (; batch + 2 * AHEAD <= lines; batch += AHEAD) scan_batch(Constant<true>(), batch);
+    for (; batch < lines; batch += AHEAD) scan_batch(Constant<false>(), batch);
 }

@@ -1,10 +1,8 @@
 // One kernel, for one set of choices that the launcher (gspn2_diffusion/ops/cuda.py) makes when it compiles it. Each is named
 // GSPN2_ and: FORWARD, BACKWARD or SUM_PARTIALS, the kernel; STORAGE, LOGITS, element types; VEC, channels of a thread; SETS, its
-// weight sets (1, or VEC where each channel has its own); STAGES, lines staged ahead; CLUSTER, blocks to a line; THREADS, threads
-// of the largest block; DECAY, where the state decays by 1 - lam.
-#ifndef GSPN2_DECAY
-#define GSPN2_DECAY 0
-#endif
+// weight sets (1, or VEC where each channel has its own); LANES, vectors of a block at each position; AHEAD, lines on their way
+// into registers; TURNS, positions of a thread; CLUSTER, blocks to a line; THREADS, threads of a block; HAS, the optional
+// tensors (1 lam, 2 u, 4 the forward's state or the backward's partial sums); DECAY, whether the state decays by 1 - lam.
 #include "backward.cuh"
 #include "forward.cuh"
 
@@ -13,15 +11,13 @@
 #else
 #define GSPN2_KERNEL extern "C" __global__ void __launch_bounds__(GSPN2_THREADS, 1)
 #endif
+#define GSPN2_CHOICES \
+    GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_LANES, GSPN2_AHEAD, GSPN2_TURNS, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY
 
 #if defined(GSPN2_FORWARD)
-GSPN2_KERNEL gspn2_forward(const Params p) {
-    scan_forward<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_STAGES, GSPN2_CLUSTER>(p);
-}
+GSPN2_KERNEL gspn2_forward(const Params p) { scan_forward<GSPN2_CHOICES>(p); }
 #elif defined(GSPN2_BACKWARD)
-GSPN2_KERNEL gspn2_backward(const Params p) {
-    scan_backward<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_STAGES, GSPN2_CLUSTER>(p);
-}
+GSPN2_KERNEL gspn2_backward(const Params p) { scan_backward<GSPN2_CHOICES>(p); }
 #elif defined(GSPN2_SUM_PARTIALS)
 GSPN2_KERNEL gspn2_sum_partials(const Params p) { sum_partials<GSPN2_LOGITS>(p); }
 #endif

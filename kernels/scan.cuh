@@ -1,10 +1,12 @@
 // What the forward and the backward scan share: arguments, addressing, vectors, weights, the exchanged lines.
 //
 // One block scans a slice of channels of one direction of one image (of one segment, for the local scan); a cluster of
-// blocks splits lines that are too long for one. A thread owns a vector of VEC channels at one position of the line (and
-// further positions a block's height away, where the line is longer than the block): x, lam, u and the logits that it reads
-// are its own, staged STAGES lines ahead by asynchronous copies that no other thread waits for. Neighbouring positions meet
-// only in the state of the line before, which is exchanged in shared memory behind one barrier a line.
+// blocks splits lines that are too long for one. A thread owns a vector of VEC channels at one position of the line (at
+// TURNS positions a block's height apart, where the line is longer than the block). All that it reads of x, lam and u is
+// its own, so it loads it into registers AHEAD lines before it is needed, and nobody waits for it. Neighbouring positions
+// meet only in the state of the line before, which is exchanged in shared memory behind one barrier a line. Lines are
+// worked through in batches of AHEAD; the weights of a batch are normalised by the lanes of a position in turn, each for
+// lines of its own, and handed to the others by shuffles.
 #pragma once
 
 #include "device.cuh"
@@ -25,29 +27,9 @@ struct Params {
     int batches, height, width, channels, count, groups;  // B, H, W, D, K, G
     int directions;                               // two bits each: right 0, left 1, down 2, up 3
     int segment, segments;                        // lines of a segment; segments of the direction that has most
-    int lanes, slices, parts;                     // vectors a block owns at each position; slices of channels; slices of a group
-    int softmax, unused;
+    int slices, parts;                            // slices of the channels; of one group
+    int softmax;
 };
-
-GSPN2_DEVICE constexpr int round16(int bytes) { return (bytes + 15) / 16 * 16; }
-
-// Bytes of logits that a thread stages: three taps (two-byte taps may straddle two words), or three for each of VEC channels.
-GSPN2_DEVICE constexpr int staged_logit_bytes(int logit_size, int vec, int sets) {
-    return sets > 1 ? 3 * vec * logit_size : logit_size == 4 ? 12 : 8;
-}
-
-// Shared memory of a block that owns `positions` of a line; launcher and kernels agree on it through the tests.
-GSPN2_DEVICE constexpr int forward_shared_bytes(int positions, int lanes, int size, int logit_size, int vec, int sets, int stages, int vectors) {
-    return 2 * (positions + 2) * lanes * vec * 4 + stages * (vectors * round16(positions * lanes * vec * size) +
-                                                             round16(positions * lanes * staged_logit_bytes(logit_size, vec, sets)));
-}
-
-GSPN2_DEVICE constexpr int backward_shared_bytes(int positions, int lanes, int size, int logit_size, int vec, int sets, int stages, int vectors) {
-    return round16(2 * (positions + 2) * lanes * (vec + 3 * sets) * 4) +
-           stages * (vectors * round16(positions * lanes * vec * size) +
-                     round16(positions * lanes * staged_logit_bytes(logit_size, vec, sets))) +
-           (stages ? (stages + 2) * round16((positions + 2) * lanes * vec * size) : 0);
-}
 
 // The largest access that moves `bytes` in equal parts.
 GSPN2_DEVICE constexpr int word_bytes(int bytes) {
@@ -71,6 +53,25 @@ struct BitsOf<4> {
 template <>
 struct BitsOf<2> {
     using type = unsigned short;
+};
+
+// A vector as it lies in memory, on its way in a register.
+template <typename T, int N>
+struct Packed {
+    static constexpr int BYTES = word_bytes(N * sizeof(T)), WORDS = N * sizeof(T) / BYTES;
+    using Bits = typename BitsOf<BYTES>::type;
+    Bits words[WORDS];
+    GSPN2_DEVICE void load(const T* from) {
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) words[w] = reinterpret_cast<const Bits*>(from)[w];
+    }
+    GSPN2_DEVICE void unpack(float (&out)[N]) const {
+        alignas(16) T values[N];
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) reinterpret_cast<Bits*>(values)[w] = words[w];
+#pragma unroll
+        for (int e = 0; e < N; ++e) out[e] = to_float(values[e]);
+    }
 };
 
 template <typename T, int N>
@@ -99,15 +100,6 @@ GSPN2_DEVICE void store_vector(T* to, const float (&in)[N]) {
     }
 }
 
-// A tensor seen by one direction: line i in scan order, position j in the line.
-template <typename T>
-struct Lines {
-    T* origin;
-    long long line, position;
-    GSPN2_DEVICE T* at(int i, int j) const { return origin + i * line + j * position; }
-    GSPN2_DEVICE explicit operator bool() const { return origin != nullptr; }
-};
-
 // Which part of the work a block does.
 struct Place {
     int rank, slice, batch, index;   // rank in the cluster; index of the direction
@@ -135,6 +127,7 @@ GSPN2_DEVICE Place find_place(const Params& p) {
     at.first = segment * p.segment < lines ? segment * p.segment : lines;
     at.last = lines - at.first < p.segment ? lines : at.first + p.segment;
     at.positions = (at.length + CLUSTER - 1) / CLUSTER;
+    if (CLUSTER > 1 && at.positions < 2) at.positions = 2;  // so that no thread is both edges of a share
     at.start = at.rank * at.positions;
     at.owned = at.length - at.start < at.positions ? at.length - at.start : at.positions;
     if (at.owned < 0) at.owned = 0;
@@ -142,26 +135,90 @@ GSPN2_DEVICE Place find_place(const Params& p) {
 }
 
 template <typename T>
-GSPN2_DEVICE Lines<T> lines_of(const View& view, const Place& at, int lines, long long offset) {
-    if (!view.data) return {nullptr, 0, 0};
-    const long long line = at.horizontal ? view.column : view.row, position = at.horizontal ? view.row : view.column;
-    T* origin = static_cast<T*>(view.data) + at.batch * view.batch + at.index * view.direction + offset + at.start * position;
-    return at.backwards ? Lines<T>{origin + (lines - 1) * line, -line, position} : Lines<T>{origin, line, position};
+struct Tag {
+    using Type = T;
+};
+
+template <bool VALUE>
+struct Constant {
+    static constexpr bool value = VALUE;
+};
+
+// Which of the optional tensors a kernel has: the forward a state to save, the backward partial sums.
+constexpr int HAS_LAM = 1, HAS_U = 2, HAS_STATE = 4, HAS_PARTIAL = 4;
+
+// The positions of a thread. One beyond the block's share stands on the last of it: it may read, but writes nothing, and so
+// does a lane beyond the last channel on the first lane's channels. What is true of them is kept as bits, in one register.
+template <int TURNS>
+struct Positions {
+    int first, away[TURNS], facts[TURNS];  // position; from the first
+    GSPN2_DEVICE int operator[](int turn) const { return first + away[turn]; }
+    GSPN2_DEVICE bool own(int turn) const { return facts[turn] & 1; }
+    // Whether the line goes on below and above.
+    GSPN2_DEVICE bool has_lower(int turn) const { return facts[turn] & 2; }
+    GSPN2_DEVICE bool has_higher(int turn) const { return facts[turn] & 4; }
+    // Whether it does so in another block.
+    GSPN2_DEVICE bool low_edge(int turn) const { return facts[turn] & 8; }
+    GSPN2_DEVICE bool high_edge(int turn) const { return facts[turn] & 16; }
+};
+
+template <int TURNS>
+GSPN2_DEVICE Positions<TURNS> find_positions(const Place& at, bool lane_has_channels) {
+    Positions<TURNS> to;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const int wanted = threadIdx.y + turn * blockDim.y, j = wanted < at.owned ? wanted : at.owned - 1;
+        if (turn == 0) to.first = j;
+        to.away[turn] = turn == 0 ? 0 : j - to.first;
+        const bool own = lane_has_channels && wanted < at.owned;
+        const bool lower = at.start + j > 0, higher = at.start + j < at.length - 1;
+        to.facts[turn] = own | lower << 1 | higher << 2 | (own && lower && j == 0) << 3 | (own && higher && j == at.owned - 1) << 4;
+    }
+    return to;
 }
 
-// Weights of the three taps, summing to 1 over those that exist; sigmoid's as 1 / (exp(c - l) + exp(c)), which is the sigmoid
-// times exp(-c): the largest is at least 1/2, so no logits give 0 / 0.
+// A thread's place in a tensor as one direction sees it, and the steps to the next line and to the next position.
+template <typename T>
+struct Walk {
+    T* line;
+    int next_line, next_position;  // the launcher refuses longer steps; 64 bits would cost registers and instructions
+    GSPN2_DEVICE T* at(int away) const { return line + static_cast<long long>(away) * next_position; }
+    GSPN2_DEVICE void next() { line += next_line; }
+};
+
+// Begins at line `first` of the scan, at the block's position j; goes `step` lines at a time, in scan order or against it.
+template <typename T>
+GSPN2_DEVICE Walk<T> walk(const View& view, const Place& at, const Params& p, int first, int step, int j, long long offset) {
+    const int lines = at.horizontal ? p.width : p.height;
+    const long long position = at.horizontal ? view.row : view.column;
+    long long line = at.horizontal ? view.column : view.row;
+    T* origin = global_memory(static_cast<T*>(view.data)) + at.batch * view.batch + at.index * view.direction + offset;
+    if (at.backwards) origin += (lines - 1) * line, line = -line;
+    return {origin + first * line + (at.start + j) * position, static_cast<int>(step * line), static_cast<int>(position)};
+}
+
+// Weights of the three taps, summing to 1 over those that exist. Sigmoid's are 1 / a[t] over their sum, a[t] = exp(c) +
+// exp(c - l[t]), which is the sigmoid's reciprocal times exp(c): with c = min(0, largest l) it is at least 1 and the
+// products below stay within float32. (exp(40) is as good as infinity here: such a tap weighs 4e-18 of the largest.)
 GSPN2_DEVICE void normalize(float (&weight)[3], const float (&logit)[3], bool low, bool high, bool softmax) {
     float top = logit[1];
     if (low && logit[0] > top) top = logit[0];
     if (high && logit[2] > top) top = logit[2];
-    const float c = top < 0.f ? top : 0.f, shift = softmax ? 0.f : fast_exp(c);
+    if (softmax) {
+        weight[0] = low ? fast_exp(logit[0] - top) : 0.f;
+        weight[1] = fast_exp(logit[1] - top);
+        weight[2] = high ? fast_exp(logit[2] - top) : 0.f;
+    } else {
+        const float c = top < 0.f ? top : 0.f, shift = fast_exp(c);
+        float a[3];
 #pragma unroll
-    for (int t = 0; t < 3; ++t) {
-        weight[t] = softmax ? fast_exp(logit[t] - top) : fast_divide(1.f, fast_exp(c - logit[t]) + shift);
+        for (int t = 0; t < 3; ++t) a[t] = shift + fast_exp(c - logit[t] < 40.f ? c - logit[t] : 40.f);
+        if (!low) a[0] = 1.f;
+        if (!high) a[2] = 1.f;
+        weight[0] = low ? a[1] * a[2] : 0.f;
+        weight[1] = a[0] * a[2];
+        weight[2] = high ? a[0] * a[1] : 0.f;
     }
-    if (!low) weight[0] = 0.f;
-    if (!high) weight[2] = 0.f;
     const float scale = fast_divide(1.f, weight[0] + weight[1] + weight[2]);
 #pragma unroll
     for (int t = 0; t < 3; ++t) weight[t] *= scale;
@@ -172,97 +229,86 @@ GSPN2_DEVICE float slope(float weight, float logit, bool softmax) {
     return softmax ? weight : fast_divide(weight, 1.f + fast_exp(logit));
 }
 
-// Taps of one thread's SETS weight sets, from `from`; `skip` bytes precede them where they were staged by whole words.
-template <typename L, int SETS>
-GSPN2_DEVICE void load_logits(float (&logit)[SETS][3], const L* from) {
-    if constexpr (SETS == 1) {
+// d loss / d logits from d loss / d weights.
+GSPN2_DEVICE void through_normalizer(float (&result)[3], const float (&weight)[3], const float (&logit)[3], const float (&grad)[3], bool softmax) {
+    float mean = 0.f;
 #pragma unroll
-        for (int t = 0; t < 3; ++t) logit[0][t] = to_float(from[t]);
-    } else {
-        float flat[3 * SETS];
-        load_vector<L, 3 * SETS>(flat, from);
+    for (int t = 0; t < 3; ++t) mean += weight[t] * grad[t];
 #pragma unroll
-        for (int s = 0; s < SETS; ++s)
-#pragma unroll
-            for (int t = 0; t < 3; ++t) logit[s][t] = flat[3 * s + t];
-    }
+    for (int t = 0; t < 3; ++t) result[t] = slope(weight[t], logit[t], softmax) * (grad[t] - mean);
 }
 
-// Stage one thread's logits: whole vectors where it has a set for each channel, else the words that hold its three taps.
-template <typename L, int VEC, int SETS>
-GSPN2_DEVICE void stage_logits(unsigned char* slot, const L* from) {
-    if constexpr (SETS > 1) {
-        constexpr int BYTES = 3 * VEC * sizeof(L), EACH = VEC * sizeof(L) < 16 ? VEC * sizeof(L) : 16;
+// Logits of a batch where all lanes of a position share one set of weights: lane l has lines l, l + LANES, ... of it.
+template <typename L, int LANES, int AHEAD, int TURNS>
+struct SharedTaps {
+    static constexpr int OWN = (AHEAD + LANES - 1) / LANES;
+    L taps[TURNS][OWN][3];
+    GSPN2_DEVICE void load(const Walk<const L>& from, const Positions<TURNS>& j, int lane, int lines) {
 #pragma unroll
-        for (int at = 0; at < BYTES; at += EACH) copy_async<EACH>(slot + at, reinterpret_cast<const unsigned char*>(from) + at);
-    } else if constexpr (sizeof(L) == 4) {
+        for (int turn = 0; turn < TURNS; ++turn) {
 #pragma unroll
-        for (int t = 0; t < 3; ++t) copy_async<4>(slot + 4 * t, from + t);
-    } else {
-        const unsigned long long address = reinterpret_cast<unsigned long long>(from), odd = address & 2;
-        const unsigned char* word = reinterpret_cast<const unsigned char*>(from) - odd;
-        copy_async<4>(slot, word);
-        copy_async_word(slot + 4, word + 4, odd ? 4 : 2);
-    }
-}
-
-template <typename L, int SETS>
-GSPN2_DEVICE const L* staged_logits(const unsigned char* slot, const L* from) {
-    const bool odd = SETS == 1 && sizeof(L) == 2 && (reinterpret_cast<unsigned long long>(from) & 2);
-    return reinterpret_cast<const L*>(slot + (odd ? 2 : 0));
-}
-
-// Two lines of N floats for each lane of each position, one being read while the other is written, with an empty position on
-// both sides. Kept as planes of four channels, so that neighbouring threads touch neighbouring 16 bytes.
-template <int N>
-struct Exchange {
-    static constexpr int EACH = N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
-    float* data;
-    int lanes, positions;
-    GSPN2_DEVICE int size() const { return 2 * N * lanes * (positions + 2); }
-    GSPN2_DEVICE float* at(int buffer, int part, int position, int lane) const {
-        return data + (((buffer * (N / EACH) + part) * (positions + 2) + position + 1) * lanes + lane) * EACH;
-    }
-    GSPN2_DEVICE void read(float (&out)[N], int buffer, int position, int lane) const {
-        float part[EACH];
+            for (int m = 0; m < OWN; ++m) {
+                const int s = lane + m * LANES;
+                if (s >= AHEAD || s >= lines) continue;
+                const L* at = from.at(j.away[turn]) + static_cast<long long>(s) * from.next_line;
 #pragma unroll
-        for (int q = 0; q < N / EACH; ++q) {
-            load_vector<float, EACH>(part, at(buffer, q, position, lane));
-#pragma unroll
-            for (int e = 0; e < EACH; ++e) out[q * EACH + e] = part[e];
-        }
-    }
-    GSPN2_DEVICE void write(int buffer, int position, int lane, const float (&in)[N], int peer = -1) const {
-        float part[EACH];
-#pragma unroll
-        for (int q = 0; q < N / EACH; ++q) {
-#pragma unroll
-            for (int e = 0; e < EACH; ++e) part[e] = in[q * EACH + e];
-            float* target = at(buffer, q, position, lane);
-            store_vector<float, EACH>(peer < 0 ? target : cluster_peer(target, peer), part);
-        }
-    }
-    // Also hand the edges of this block's share to the blocks that continue the line.
-    template <int CLUSTER>
-    GSPN2_DEVICE void publish(int buffer, int position, int lane, const float (&in)[N], int rank) const {
-        write(buffer, position, lane, in);
-        if constexpr (CLUSTER > 1) {
-            if (position == 0 && rank > 0) write(buffer, positions, lane, in, rank - 1);
-            if (position == positions - 1 && rank < CLUSTER - 1) write(buffer, -1, lane, in, rank + 1);
+                for (int t = 0; t < 3; ++t) taps[turn][m][t] = at[t];
+            }
         }
     }
 };
 
-// One barrier a line. In a cluster it is split, so that the wait overlaps with the work that needs no neighbour.
-template <int CLUSTER>
-GSPN2_DEVICE void line_arrive() {
-    if constexpr (CLUSTER > 1) cluster_arrive();
+// Of the lane that has line s of a batch.
+template <int LANES>
+GSPN2_DEVICE float from_owner(float value, int s) {
+    if constexpr (LANES == 1) return value;
+    const int thread = threadIdx.y * LANES + threadIdx.x;
+    return shuffle(value, (thread & 31 & ~(LANES - 1)) + s % LANES);
 }
+
+// Two lines of floats, VEC for each lane of each position, one being read while the other is written, with an empty position
+// on both sides.
+template <int VEC, int LANES>
+struct Exchange {
+    float* data;
+    int positions;
+    GSPN2_DEVICE int size() const { return 2 * VEC * LANES * (positions + 2); }
+    GSPN2_DEVICE float* at(int buffer, int j, int lane) const {
+        return data + ((buffer * (positions + 2) + j + 1) * LANES + lane) * VEC;
+    }
+};
+
+// The first bytes of shared memory in a cluster: signals of what arrives from the lower and from the higher neighbour, for
+// each of the two lines in exchange.
+constexpr int SIGNAL_BYTES = 32;
+GSPN2_DEVICE Signal* signal_of(int buffer, int side) { return reinterpret_cast<Signal*>(shared_memory()) + 2 * buffer + side; }
+
+// Shared memory of a block that owns `positions` of a line; launcher and kernels agree on it through the tests.
+GSPN2_DEVICE constexpr int forward_shared_bytes(int positions, int lanes, int vec, int cluster) {
+    return (cluster > 1 ? SIGNAL_BYTES : 0) + 2 * (positions + 2) * lanes * vec * 4;
+}
+GSPN2_DEVICE constexpr int backward_shared_bytes(int positions, int lanes, int vec, int cluster) {
+    return (cluster > 1 ? SIGNAL_BYTES : 0) + 3 * 2 * (positions + 2) * lanes * vec * 4;
+}
+
+// Zeroes `count` floats after the signals, and prepares these. Returns when the whole cluster has done so.
 template <int CLUSTER>
-GSPN2_DEVICE void line_wait() {
+GSPN2_DEVICE float* clear_shared(int count) {
+    float* const data = reinterpret_cast<float*>(shared_memory() + (CLUSTER > 1 ? SIGNAL_BYTES : 0));
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    for (int e = thread; e < count; e += blockDim.x * blockDim.y) data[e] = 0.f;
     if constexpr (CLUSTER > 1) {
-        cluster_wait();
+        if (thread < 4) signal_init(signal_of(thread / 2, thread % 2));
+        cluster_ready();
     } else {
         block_barrier();
     }
+    return data;
+}
+
+// Wait for what the neighbour on `side` sent for the line that went through `buffer`, the `use`-th that did; `bytes` in all.
+GSPN2_DEVICE void receive(int buffer, int side, int use, int lane, int bytes) {
+    Signal* const signal = signal_of(buffer, side);
+    if (lane == 0) signal_expect(signal, bytes);
+    signal_wait(signal, use & 1);
 }

@@ -3,6 +3,7 @@
 `choose` is the table: a pure function of the shapes, the alignment and the device's limits. docs/kernel.md says why.
 """
 
+import atexit
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,11 +16,10 @@ import numpy as np
 import torch
 
 STORAGE_NAMES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-STAGES = (8, 4, 3, 2, 1)
-LARGEST_CLUSTER = 8  # blocks; what every device with clusters can schedule
-SHORTEST_SHARE = 64  # positions; a cluster's barrier costs more than a block's, so shorter lines stay in one block
 SECTOR = 32  # bytes of a memory transaction
-IN_FLIGHT = 48 * 1024  # bytes that a processor should have on their way to hide the memory's latency
+MOST_THREADS = 512  # of a block, so that a thread may have 128 registers
+MOST_TURNS = 8  # positions of a thread
+RING_WORDS = (40, 16)  # registers for what is on its way, in the forward and in the backward
 
 
 class Device(NamedTuple):
@@ -42,7 +42,7 @@ class Work(NamedTuple):
     logit_size: int
     aligned: int  # bytes to which every vector of channels is aligned
     logits_aligned: int  # the same of logits, 0 where a pixel's groups do not follow one another
-    tensors: int  # staged next to the logits
+    gates: int  # how many of lam and u there are
     backward: bool
 
     @property
@@ -57,9 +57,10 @@ class Work(NamedTuple):
 class Variant(NamedTuple):
     vec: int
     sets: int
-    stages: int
-    cluster: int
     lanes: int
+    ahead: int
+    turns: int
+    cluster: int
     slices: int
     parts: int
     block: tuple[int, int]
@@ -77,112 +78,112 @@ class Launch(NamedTuple):
     shared: int
 
 
-def _round16(count: int) -> int:
-    return -(-count // 16) * 16
-
-
-def shared_bytes(work: Work, vec: int, sets: int, stages: int, lanes: int, positions: int) -> int:
+def shared_bytes(work: Work, vec: int, lanes: int, cluster: int, positions: int) -> int:
     """forward_shared_bytes and backward_shared_bytes of scan.cuh."""
-    vectors = positions * lanes
-    tap_bytes = 3 * vec * work.logit_size if sets > 1 else 12 if work.logit_size == 4 else 8
-    staged = stages * (work.tensors * _round16(vectors * vec * work.size) + _round16(vectors * tap_bytes))
-    edged = (positions + 2) * lanes
-    if not work.backward:
-        return 2 * edged * vec * 4 + staged
-    states = (stages + 2) * _round16(edged * vec * work.size) if stages else 0
-    return _round16(2 * edged * (vec + 3 * sets) * 4) + staged + states
+    exchanged = 3 if work.backward else 1
+    return (32 if cluster > 1 else 0) + exchanged * 2 * (positions + 2) * lanes * vec * 4
 
 
-def largest_block(sets: int, backward: bool) -> int:
-    """Threads of a block; the backward, and weights for each channel, need more registers than 512 leave."""
-    return 256 if backward or sets > 1 else 512
+def largest_block(work: Work, sets: int) -> int:
+    """Threads of a block. Weights for each channel, and float32 in the backward, take more than 128 registers."""
+    return MOST_THREADS // 2 if sets > 1 or (work.backward and work.size == 4) else MOST_THREADS
+
+
+def lines_ahead(work: Work, vec: int, sets: int, turns: int) -> int:
+    """Lines on their way in registers: what RING_WORDS hold, and an even number, since two buffers take turns."""
+    tensors = (3 + 2 * (work.gates > 0) if work.backward else 1) + work.gates
+    bytes_each = vec * work.size * tensors + (3 * vec * work.logit_size if sets > 1 else 0)
+    return 4 if turns * bytes_each <= RING_WORDS[work.backward] else 2
 
 
 def _vectors(work: Work) -> Iterator[tuple[int, int]]:
-    """(channels of a thread, its weight sets), widest first: 16 bytes where alignment and groups allow it."""
+    """(channels of a thread, its weight sets) that alignment and groups allow, widest first."""
     group = work.D // work.G
-    for vec in (8, 4, 2):
-        if vec * work.size > min(16, work.aligned) or work.D % vec:
+    for vec in (4, 2):
+        # The backward has twice as many tensors on their way: 8 bytes of each fill a thread's registers, 4 where one
+        # block has all channels and goes through the normaliser itself.
+        widest = 16 if not work.backward else 8 if work.D * work.size > SECTOR else 4
+        if vec * work.size > min(work.aligned, widest) or work.D % vec:
             continue
         if group % vec == 0:
             yield vec, 1
-        elif group == 1 and work.logits_aligned >= min(16, vec * work.logit_size):
+        elif group == 1 and work.logits_aligned >= vec * work.logit_size:
             yield vec, vec
     yield 1, 1
 
 
 def _slices(work: Work, vec: int, sets: int, lanes: int) -> tuple[int, int] | None:
-    """(slices of the channels, of one group) for `lanes` vectors a block; None if groups would split unevenly."""
+    """(slices of the channels, of one group) for `lanes` vectors a block; None where lanes would not share a group."""
     vectors, group = work.D // vec, work.D // work.G // vec
     if sets > 1:
         return -(-vectors // lanes), 1
     if work.G == 1:
         return -(-vectors // lanes), -(-vectors // lanes)
-    if lanes % group == 0:
-        return -(-vectors // lanes), 1
-    if group % lanes == 0:
-        return vectors // lanes, group // lanes
-    return None
+    return (vectors // lanes, group // lanes) if group and group % lanes == 0 else None
 
 
-def _candidates(work: Work, device: Device) -> Iterator[tuple[int, int, int, int]]:
-    """(vec, sets, lanes, cluster) from the most to the least wanted."""
+def make_variant(work: Work, vec: int, sets: int, lanes: int, cluster: int, ahead: int | None = None) -> Variant | None:
+    """The variant with these choices, None where a block cannot have it."""
+    sliced = _slices(work, vec, sets, lanes)
+    positions = -(-work.line // cluster)
+    if cluster > 1:
+        positions = max(positions, 2)
+    height = largest_block(work, sets) // lanes
+    turns = -(-positions // height)
+    if sliced is None or turns > MOST_TURNS:
+        return None
+    threads = -(-(-(-positions // turns) * lanes) // 32) * 32
+    slices, parts = sliced
+    return Variant(
+        vec,
+        sets,
+        lanes,
+        ahead or lines_ahead(work, vec, sets, turns),
+        turns,
+        cluster,
+        slices,
+        parts,
+        (lanes, threads // lanes),
+        shared_bytes(work, vec, lanes, cluster, positions),
+        work.B * work.K * work.segments * slices * cluster,
+    )
+
+
+def _candidates(work: Work, device: Device) -> Iterator[Variant]:
+    """From the most to the least wanted."""
+    clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
+    long_lines = []
     for vec, sets in _vectors(work):
-        options = [n for n in range(1, min(32, work.D // vec) + 1) if _slices(work, vec, sets, n)]
-        wanted = -(-SECTOR // (vec * work.size))
-
-        def blocks(lanes: int, vec: int = vec, sets: int = sets) -> int:
-            return work.B * work.K * work.segments * (_slices(work, vec, sets, lanes) or (1, 1))[0]
-
-        # Whole sectors; fewer lanes where a short line would leave half of the processors idle, more for tiny blocks.
-        at = next((i for i, lanes in enumerate(options) if lanes >= wanted), len(options) - 1)
-        splits = device.capability >= (9, 0) and work.line >= 2 * SHORTEST_SHARE
-        while at > 0 and not splits and 2 * blocks(options[at]) <= device.processors:
-            at -= 1
-        while (
-            at + 1 < len(options) and work.line * options[at] < 64 and blocks(options[at + 1]) >= 2 * device.processors
-        ):
-            at += 1
-        for lanes in options[at::-1]:
-            cluster = 1
-            if splits:
-                cluster = max(1, min(LARGEST_CLUSTER, device.processors // blocks(lanes), work.line // SHORTEST_SHARE))
-            largest = LARGEST_CLUSTER if device.capability >= (9, 0) else 1
-            for size in range(cluster, max(cluster, min(largest, work.line)) + 1):
-                yield vec, sets, lanes, size
+        sector = min(max(SECTOR // (vec * work.size), 1), 1 << (work.D // vec - 1).bit_length())
+        made = [make_variant(work, vec, sets, lanes, n) for lanes in (8, 4, 2, 1) if lanes <= sector for n in clusters]
+        possible = [v for v in made if v is not None]
+        long_lines += possible[::-1]
+        one_turn = [v for v in possible if v.turns == 1]
+        widest = max((v.lanes for v in possible), default=1)
+        if not work.backward:
+            # One block to a line, at half sectors if that alone gives work to half of the processors.
+            whole = [v for v in one_turn if v.cluster == 1 and 2 * v.lanes >= widest]
+            yield from (v for v in whole if 2 * v.grid >= device.processors)
+            yield from whole[-1:]
+        yield from one_turn
+    yield from long_lines
 
 
 @lru_cache(4096)
 def choose(work: Work, device: Device) -> Variant:
-    """The variant for `work`: widest vectors, whole sectors, enough blocks, then as many staged lines as fit.
+    """The variant for `work`.
 
-    Raises ValueError where no variant's line fits the device's shared memory.
+    Raises ValueError where no variant's line fits the device.
     """
-    least = None
-    for fewest in (2, 1, 0):
-        for vec, sets, lanes, cluster in _candidates(work, device):
-            positions = -(-work.line // cluster)
-            line_bytes = positions * lanes * (work.tensors * vec * work.size + 3 * sets * work.logit_size)
-            wanted = max(IN_FLIGHT // line_bytes + 1, 3)
-            deepest = 0 if vec * work.size < 4 else next(s for s in STAGES if s <= wanted)
-            depths = [s for s in (*STAGES, 0) if s <= deepest and (s >= fewest or deepest < fewest)]
-            for stages in depths if fewest else [0]:
-                needed = shared_bytes(work, vec, sets, stages, lanes, positions)
-                least = needed if least is None else min(least, needed)
-                if needed > device.shared:
-                    continue
-                slices, parts = _slices(work, vec, sets, lanes) or (1, 1)
-                width = 1 << (lanes - 1).bit_length()
-                height = min(largest_block(sets, work.backward), -(-positions * width // 32) * 32) // width
-                grid = work.B * work.K * work.segments * slices * cluster
-                return Variant(vec, sets, stages, cluster, lanes, slices, parts, (width, height), needed, grid)
+    for variant in _candidates(work, device):
+        if variant.shared <= device.shared:
+            return variant
     raise ValueError(
-        f"A line of {work.line} positions needs at least {least} bytes of shared memory and this GPU has "
-        f"{device.shared}; scan a smaller map, or run it on the CPU."
+        f"A line of {work.line} positions does not fit a block of this GPU; scan a smaller map, or run it on the CPU."
     )
 
 
-PARAMS = struct.Struct("66q q 14i")
+PARAMS = struct.Struct("66q q 12i")
 _PARAMS_DTYPE = np.dtype((np.void, PARAMS.size))
 
 
@@ -215,9 +216,10 @@ def _logits_alignment(*tensors: torch.Tensor) -> int:
 
 @cache
 def defines(
-    kernel: str, variant: Variant, storage: torch.dtype, logits: torch.dtype, decay: bool = False
+    kernel: str, variant: Variant, storage: torch.dtype, logits: torch.dtype, has: int = 3, decay: bool = False
 ) -> tuple[str, ...]:
-    """Options that compile one of gspn2.cu's kernels, FORWARD, BACKWARD or SUM_PARTIALS, for `variant`."""
+    """Options that compile one of gspn2.cu's kernels, FORWARD, BACKWARD or SUM_PARTIALS, for `variant`; `has`: 1 for
+    lam, 2 for u, 4 for the forward's state or the backward's partial sums."""
     if kernel == "SUM_PARTIALS":
         choices: dict[str, object] = dict(LOGITS=STORAGE_NAMES[logits], CLUSTER=1, THREADS=256)
     else:
@@ -226,12 +228,14 @@ def defines(
             LOGITS=STORAGE_NAMES[logits],
             VEC=variant.vec,
             SETS=variant.sets,
-            STAGES=variant.stages,
+            LANES=variant.lanes,
+            AHEAD=variant.ahead,
+            TURNS=variant.turns,
             CLUSTER=variant.cluster,
-            THREADS=largest_block(variant.sets, kernel == "BACKWARD"),
+            THREADS=256 if variant.block[0] * variant.block[1] <= 256 else MOST_THREADS,
+            HAS=has,
+            DECAY=int(decay),
         )
-        if decay:
-            choices["DECAY"] = 1
     return (f"-DGSPN2_{kernel}", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
 
 
@@ -260,7 +264,7 @@ class _Arguments(NamedTuple):
             self.logits.element_size(),
             aligned,
             logits_aligned,
-            1 + gates + (backward and self.lam is not None),
+            gates,
             backward,
         )
 
@@ -273,24 +277,23 @@ class _Arguments(NamedTuple):
         partial: torch.Tensor | None,
     ) -> Launch:
         """`outputs`: state, y, and the gradients of x, lam, u and logits."""
-        views = [v for t in (self.x, self.lam, self.u, self.logits, *outputs) for v in _view(t)]
+        tensors = (self.x, self.lam, self.u, self.logits, *outputs, None if partial is None else partial[0])
+        views = [_view(t) for t in tensors]
+        if max(step for view in views for step in view[2:4]) >= 2**31:
+            raise ValueError("gspn2_scan on a GPU takes rows of less than 2**31 elements; scan a smaller map.")
         packed = sum(direction << 2 * k for k, direction in enumerate(self.directions))
         params = PARAMS.pack(
-            *views,
-            *_view(None if partial is None else partial[0]),
+            *(v for view in views for v in view),
             0 if partial is None else partial.stride(0),
             *(work.B, work.H, work.W, work.D, work.K, work.G, packed, work.segment, work.segments),
-            *(variant.lanes, variant.slices, variant.parts, self.softmax, 0),
+            *(variant.slices, variant.parts, self.softmax),
         )
         grid, block, cluster, shared = variant.grid, variant.block, variant.cluster, variant.shared
-        if kernel == "SUM_PARTIALS":
-            grid, block, cluster, shared = (
-                -(-(partial if partial is not None else self.x)[0].numel() // 768),
-                (256, 1),
-                1,
-                0,
-            )
-        chosen = defines(kernel, variant, self.x.dtype, self.logits.dtype, self.decay)
+        if partial is not None and kernel == "SUM_PARTIALS":
+            grid, block, cluster, shared = -(-partial[0].numel() // 768), (256, 1), 1, 0
+        last = partial if kernel == "BACKWARD" else outputs[0]
+        has = (self.lam is not None) + 2 * (self.u is not None) + 4 * (last is not None)
+        chosen = defines(kernel, variant, self.x.dtype, self.logits.dtype, has, self.decay)
         packed_params = np.frombuffer(params, _PARAMS_DTYPE)
         return Launch(f"gspn2_{kernel.lower()}", chosen, packed_params, grid, block, cluster, shared)
 
@@ -445,8 +448,96 @@ def _function(launch: Launch, index: int) -> Any:
     return _functions[key]
 
 
+_streams: dict[tuple[int, int], Any] = {}
+
+
+def _stream(index: int) -> Any:
+    """CuPy's name for torch's current stream."""
+    key = (index, torch.cuda.current_stream(index).cuda_stream)
+    if key not in _streams:
+        _streams[key] = _import_cupy().cuda.ExternalStream(key[1], index)
+    return _streams[key]
+
+
 def _execute(launch: Launch) -> None:
     index = torch.cuda.current_device()
     function = _function(launch, index)
-    stream = _import_cupy().cuda.ExternalStream(torch.cuda.current_stream(index).cuda_stream, index)
-    function((launch.grid,), launch.block, (launch.params,), launch.shared, stream)
+    function((launch.grid,), launch.block, (launch.params,), launch.shared, _stream(index))
+
+
+class Plan:
+    """A forward that needs no gradient, worked out once: a call only fills in addresses and launches.
+
+    It may be called with any tensors that agree with the first in all that `plan_key` holds.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        lam: torch.Tensor | None,
+        u: torch.Tensor | None,
+        logits: torch.Tensor,
+        directions: Sequence[int],
+        softmax: bool,
+        segment: int,
+        merge_sum: bool,
+        decay: bool,
+    ) -> None:
+        launches: list[Launch] = []
+        options = (directions, softmax, segment, False, False, decay)
+        y, _ = scan_forward(x, lam, u, logits, *options, execute=launches.append)
+        (launch,) = launches
+        self.index = x.device.index
+        self.function = _function(launch, self.index)
+        self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
+        self.params = bytearray(launch.params.tobytes())
+        self.shape = y.shape
+        self.merge_sum = merge_sum
+
+    def __call__(
+        self, x: torch.Tensor, lam: torch.Tensor | None, u: torch.Tensor | None, logits: torch.Tensor
+    ) -> torch.Tensor:
+        y = x.new_empty(self.shape)
+        params = self.params[:]
+        # In the order of scan.cuh's Params, whose views are six words long: x, lam, u, logits, the state, y.
+        for place, t in enumerate((x, lam, u, logits, None, y)):
+            if t is not None:
+                _ADDRESS.pack_into(params, 48 * place, t.data_ptr())
+        packed = np.frombuffer(params, _PARAMS_DTYPE)
+        self.function(self.grid, self.block, (packed,), self.shared, _stream(self.index))
+        return y.sum(3, dtype=x.dtype) if self.merge_sum else y
+
+
+_ADDRESS = struct.Struct("Q")
+_plans: dict[tuple, Plan] = {}
+_MOST_PLANS = 4096
+
+
+def _facts(t: torch.Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+
+
+def plan_key(tensors: Sequence[torch.Tensor | None], *options: Any) -> tuple | None:
+    """What a Plan depends on, or None where there can be none: torch's own machinery has to see those calls."""
+    x = tensors[0]
+    if not (type(x) is torch.Tensor and x.is_cuda and x.numel() and x.dtype in STORAGE_NAMES):
+        return None
+    if torch.compiler.is_compiling() or torch.cuda.current_device() != x.device.index:
+        return None
+    return (x.device.index, *map(_facts, tensors), *options)
+
+
+# Binaries are unloaded while CuPy is still there, not when the interpreter takes modules apart.
+atexit.register(_functions.clear)
+atexit.register(_plans.clear)
+
+
+def planned(key: tuple) -> Plan | None:
+    return _plans.get(key)
+
+
+def remember(key: tuple, plan: Plan) -> Plan:
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan

@@ -121,9 +121,22 @@ def gspn2_scan(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
     """
+    # A sampler calls with the same shapes again and again, without gradient: the dispatcher and the checks would cost
+    # more than the launch.
+    key = None
+    needs_grad = torch.is_grad_enabled()
+    if not needs_grad and isinstance(x, torch.Tensor) and x.is_cuda:
+        tensors = (x, lam, u, logits)
+        if isinstance(directions, tuple) and all(t is None or isinstance(t, torch.Tensor) for t in tensors):
+            key = cuda.plan_key(tensors, directions, normalizer, segment, merge, decay)
+        plan = None if key is None else cuda.planned(key)
+        if plan is not None:
+            return plan(x, lam, u, logits)
     check_inputs(x, lam, u, logits, ScanOptions(directions, normalizer, segment, merge, decay))
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lam, u, logits))
+    needs_grad = needs_grad and any(t is not None and t.requires_grad for t in (x, lam, u, logits))
     merge_sum = merge == "sum"
     save_state = needs_grad and (merge_sum or u is not None)
-    indices = [DIRECTIONS.index(d) for d in directions]
-    return _scan(x, lam, u, logits, indices, normalizer == "softmax", segment or 0, merge_sum, save_state, decay)[0]
+    options = ([DIRECTIONS.index(d) for d in directions], normalizer == "softmax", segment or 0, merge_sum)
+    if key is not None:
+        return cuda.remember(key, cuda.Plan(x, lam, u, logits, *options, decay))(x, lam, u, logits)
+    return _scan(x, lam, u, logits, *options, save_state, decay)[0]

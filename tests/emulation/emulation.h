@@ -1,9 +1,9 @@
 // A host's stand-in for one cluster of CUDA blocks, so that the kernels run, unchanged, where there is no GPU.
 //
 // Every thread is a fiber with its own stack; a barrier or a warp shuffle switches to the next one. The order in which
-// fibers run changes at random each round, shared memory starts as NaN, and an asynchronous copy is carried out only when its
-// thread waits for it (NaN until then): a missing barrier, a wait that is too short or an unwritten slot shows up as wrong
-// values. Misaligned vector accesses and copies, stores beyond shared memory and deadlocks are errors.
+// fibers run changes at random each round, shared memory starts as NaN, and what a block sends to another arrives only when
+// that one's signal is waited for: a missing barrier, a wait too few or an unwritten slot shows up as wrong values.
+// Misaligned vector accesses, stores beyond shared memory and deadlocks are errors.
 #pragma once
 
 #include <ucontext.h>
@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,10 +39,17 @@ struct Barrier {
     int members = 0, arrived = 0, generation = 0;
 };
 
-struct Copy {
-    void* to;
-    const void* from;
-    int bytes, filled;
+struct Sent {
+    float* to;
+    float values[4];
+    int count;
+};
+
+// One mbarrier: bytes of the phase, and what was sent and has not been looked at.
+struct Mailbox {
+    int phase = 0, expected = 0, arrived = 0;
+    bool armed = false;
+    std::vector<Sent> sent;
 };
 
 struct Warp {
@@ -57,6 +65,7 @@ struct Block {
     unsigned char* shared;
     Barrier barrier;
     std::vector<Warp> warps;
+    std::map<std::ptrdiff_t, Mailbox> mailboxes;  // by their place in shared memory
 };
 
 struct Fiber {
@@ -68,8 +77,6 @@ struct Fiber {
     int linear;
     bool done = false;
     int cluster_ticket = 0;
-    std::vector<std::vector<Copy>> groups;
-    std::vector<Copy> open;
 };
 
 struct Machine {
@@ -119,15 +126,6 @@ struct Words {
     }
 };
 
-inline void copy(void* shared, const void* global, int bytes, int filled) {
-    const auto offset = static_cast<unsigned char*>(shared) - machine->now->block->shared;
-    if (offset < 0 || offset + bytes > machine->shared_bytes) fail("asynchronous copy outside shared memory");
-    check_aligned(shared, bytes);
-    check_aligned(global, bytes);
-    std::memset(shared, 0xff, bytes);
-    machine->now->open.push_back({shared, global, filled, bytes});
-}
-
 inline void fiber_entry() {
     try {
         machine->kernel();
@@ -151,27 +149,8 @@ using uint2 = emulation::Words<8>;
 
 GSPN2_DEVICE unsigned char* shared_memory() { return emulation::machine->now->block->shared; }
 
-template <int BYTES>
-GSPN2_DEVICE void copy_async(void* shared, const void* global) {
-    emulation::copy(shared, global, BYTES, BYTES);
-}
-GSPN2_DEVICE void copy_async_word(void* shared, const void* global, int bytes) { emulation::copy(shared, global, 4, bytes); }
-GSPN2_DEVICE void copy_commit() {
-    auto& fiber = *emulation::machine->now;
-    fiber.groups.push_back(std::move(fiber.open));
-    fiber.open.clear();
-}
-template <int PENDING>
-GSPN2_DEVICE void copy_wait() {
-    auto& groups = emulation::machine->now->groups;
-    while (groups.size() > PENDING) {
-        for (const auto& c : groups.front()) {
-            std::memcpy(c.to, c.from, c.bytes);
-            std::memset(static_cast<unsigned char*>(c.to) + c.bytes, 0, c.filled - c.bytes);
-        }
-        groups.erase(groups.begin());
-    }
-}
+template <typename T>
+GSPN2_DEVICE T* global_memory(T* pointer) { return pointer; }
 
 GSPN2_DEVICE void block_barrier() { emulation::meet(emulation::machine->now->block->barrier); }
 GSPN2_DEVICE void cluster_arrive() {
@@ -191,15 +170,61 @@ GSPN2_DEVICE T* cluster_peer(T* shared, int rank) {
     return reinterpret_cast<T*>(fiber.block[rank - fiber.rank].shared + offset);
 }
 
-GSPN2_DEVICE float shuffle_down(float value, int lanes) {
+GSPN2_DEVICE float shuffle(float value, int from) {
     auto& fiber = *emulation::machine->now;
     auto& warp = fiber.block->warps[fiber.linear / 32];
-    const int lane = fiber.linear % 32;
-    warp.values[lane] = value;
+    warp.values[fiber.linear % 32] = value;
     emulation::meet(warp.meet);
-    const float result = lane + lanes < 32 ? warp.values[lane + lanes] : value;
+    const float result = warp.values[from];
     emulation::meet(warp.meet);
     return result;
+}
+GSPN2_DEVICE float shuffle_xor(float value, int mask) { return shuffle(value, (emulation::machine->now->linear % 32) ^ mask); }
+
+struct Signal {
+    unsigned long long bits;
+};
+
+GSPN2_DEVICE emulation::Mailbox& mailbox(Signal* signal, int rank) {
+    auto& fiber = *emulation::machine->now;
+    return fiber.block[rank - fiber.rank].mailboxes[reinterpret_cast<unsigned char*>(signal) - fiber.block->shared];
+}
+GSPN2_DEVICE void signal_init(Signal* signal) {
+    signal->bits = 0;
+    mailbox(signal, emulation::machine->now->rank) = {};
+}
+GSPN2_DEVICE void cluster_ready() {
+    cluster_arrive();
+    cluster_wait();
+}
+GSPN2_DEVICE void signal_expect(Signal* signal, int bytes) {
+    auto& box = mailbox(signal, emulation::machine->now->rank);
+    if (box.armed) emulation::fail("signal expected twice in a phase");
+    box.armed = true, box.expected = bytes;
+}
+GSPN2_DEVICE void signal_wait(Signal* signal, int parity) {
+    auto& box = mailbox(signal, emulation::machine->now->rank);
+    while ((box.phase & 1) == parity) {
+        if (box.armed && box.arrived > box.expected) emulation::fail("more bytes arrived than expected");
+        if (box.armed && box.arrived == box.expected) {
+            for (const auto& sent : box.sent) std::copy(sent.values, sent.values + sent.count, sent.to);
+            box.sent.clear();
+            box.arrived = 0, box.armed = false, ++box.phase;
+            ++emulation::machine->progress;
+        } else {
+            emulation::yield();
+        }
+    }
+}
+template <int N>
+GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, int rank) {
+    auto& box = mailbox(signal, rank);
+    emulation::Sent sent{cluster_peer(target, rank), {}, N};
+    emulation::check_aligned(sent.to, 4 * N);
+    std::copy(values, values + N, sent.values);
+    box.sent.push_back(sent);
+    box.arrived += 4 * N;
+    ++emulation::machine->progress;
 }
 
 GSPN2_DEVICE float fast_exp(float value) { return std::exp(value); }
@@ -269,6 +294,7 @@ inline std::string launch(std::function<void()> kernel, int grid, Index block_di
             block.shared -= reinterpret_cast<std::uintptr_t>(block.shared) % 16;
             block.barrier = {threads, 0, 0};
             block.warps.assign((threads + 31) / 32, {});
+            block.mailboxes.clear();
             for (int t = 0; t < threads; ++t) {
                 Fiber& fiber = state.fibers[rank * threads + t];
                 ++block.warps[t / 32].meet.members;
@@ -278,8 +304,6 @@ inline std::string launch(std::function<void()> kernel, int grid, Index block_di
                 fiber.linear = t;
                 fiber.thread = {t % block_dim.x, t / block_dim.x % block_dim.y, t / block_dim.x / block_dim.y};
                 fiber.done = false;
-                fiber.groups.clear();
-                fiber.open.clear();
                 getcontext(&fiber.context);
                 fiber.context.uc_stack.ss_sp = fiber.stack.data();
                 fiber.context.uc_stack.ss_size = fiber.stack.size();

@@ -18,13 +18,12 @@ extern "C" int run(const Params* params, int grid, int block_x, int block_y, int
 
 #if !defined(GSPN2_SUM_PARTIALS)
 // The kernels' own count of the shared memory that a block needs.
-extern "C" int needed_shared_bytes(int positions, int lanes, int tensors) {
+extern "C" int needed_shared_bytes(int positions) {
 #if defined(GSPN2_FORWARD)
-    const auto count = forward_shared_bytes;
+    return forward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
 #else
-    const auto count = backward_shared_bytes;
+    return backward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
 #endif
-    return count(positions, lanes, sizeof(GSPN2_STORAGE), sizeof(GSPN2_LOGITS), GSPN2_VEC, GSPN2_SETS, GSPN2_STAGES, tensors);
 }
 #endif
 

@@ -16,7 +16,9 @@ if torch.cuda.is_available():
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONG = [
-    Case(1, 3, 2048, 8, directions=("up", "right")),
+    # The segment keeps the states small: over 2048 lines they grow so far that the logits' gradients, differences of
+    # products with states stored in half precision, lose all of their digits.
+    Case(1, 3, 2048, 8, directions=("up", "right"), segment=300),
     Case(1, 5, 1100, 8, 8, gates="lam", directions=("down",)),
     Case(1, 200, 300, 16, fused=True),
     Case(1, 300, 3, 40, 2, segment=7, merge="sum", gates="shared"),
@@ -57,27 +59,31 @@ def test_float64_on_the_gpu_equals_the_reference():
     torch.testing.assert_close(gspn2_scan(*inputs, **case.options), gspn2_scan_reference(*inputs, **case.options))
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(20))
 def test_random_shapes_types_and_strides(part):
-    """1,000 of them, in ten parts; the seed is printed and makes a failing one repeatable."""
+    """1,000 of them, in twenty parts of one width each; the seed is printed and makes a failing one repeatable."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"part {part}: seed {seed}")
     generator = random.Random(seed)
-    for number in range(100):
-        D = generator.choice([1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 40, 48, 80])
+    D = generator.choice([1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 40, 48, 80])
+    G = generator.choice([g for g in range(1, D + 1) if D % g == 0])
+    gates = generator.choice(["each", "shared", "lam", "none"])
+    fused = generator.random() < 0.5
+    for number in range(50):
         side = generator.choice([8, 40, 150])
         case = Case(
             generator.randint(1, 3),
             generator.randint(1, side),
             generator.randint(1, side),
             D,
-            generator.choice([g for g in range(1, D + 1) if D % g == 0]),
+            G,
             tuple(generator.sample(("right", "left", "down", "up"), generator.randint(1, 4))),
             generator.choice(["sigmoid", "softmax"]),
             generator.choice([None, None, 1, 3, 16]),
             generator.choice(["concat", "sum"]),
-            generator.choice(["each", "shared", "lam", "none"]),
-            generator.random() < 0.5,
+            gates,
+            gates != "none" and generator.random() < 0.2,
+            fused,
         )
         dtype = generator.choice(TYPES)
         try:
@@ -138,6 +144,21 @@ def test_cuda_graph_replays_with_new_values():
         assert torch.equal(y, gspn2_scan(*fresh, **case.options))
 
 
+def test_calls_without_gradient_equal_those_with_one():
+    """The first plans its launch, the second follows the plan, the third has other strides and needs its own."""
+    for case in (Case(2, 9, 14, 16, fused=True), Case(2, 9, 14, 16), Case(1, 7, 5, 8, gates="lam", merge="sum")):
+        for seed in range(3):
+            inputs = make_inputs(case, torch.bfloat16, seed, "cuda")
+            expected = gspn2_scan(*inputs, **case.options).detach()
+            with torch.no_grad():
+                assert torch.equal(gspn2_scan(*inputs, **case.options), expected)
+                x, *rest = inputs
+                wide = torch.cat([x, x], -1)[..., : x.shape[-1]]
+                assert torch.equal(gspn2_scan(wide, *rest, **case.options), expected)
+                with pytest.raises(TypeError, match="`x` is torch"):
+                    gspn2_scan(x.int(), *rest, **case.options)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_in_one_graph(backend):
     case = Case(2, 16, 24, 16)
@@ -170,7 +191,7 @@ def test_device_that_is_not_the_current_one():
 
 def test_line_that_cannot_fit_says_so_before_it_runs():
     x = torch.zeros(1, 1, 400_000, 1, device="cuda")
-    with pytest.raises(ValueError, match=r"needs at least .* bytes of shared memory"):
+    with pytest.raises(ValueError, match="does not fit a block of this GPU"):
         gspn2_scan(x, None, None, torch.zeros(1, 1, 400_000, 1, 1, 3, device="cuda"), directions=("down",))
 
 
