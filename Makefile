@@ -5,8 +5,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PROMPTS ?= "a large red circle above a small blue square" \
-	"two small yellow triangles, on a purple background" \
-	"a large green star to the left of a small orange diamond"
+	"two small yellow triangles, on a pink background" \
+	"a large green ring to the left of a small orange diamond"
 
 .PHONY: demo docs test quality format clean
 

@@ -95,7 +95,7 @@ def good_requests(library: Library, steps: int) -> list[dict]:
         {"adapter": ATTENTION_LABEL},
         {"compare": True, "seed": 2},
         {"num_images": 2, "seed": 3},
-        {"negative_prompt": "a green star", "guidance_scale": 2.5},
+        {"negative_prompt": "a green ring", "guidance_scale": 2.5},
         {"steps": steps + 1},
     ]
     return [{**base, **change} for change in changes]

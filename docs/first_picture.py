@@ -13,12 +13,12 @@ from gspn2_diffusion.loading import load_pipeline
 from gspn2_diffusion.pictures import side_by_side
 
 PROMPTS = (
-    "three small yellow triangles",
+    "four large cyan triangles",
     "a large blue ring, on a gray background",
-    "two large green diamonds",
-    "a large orange cross",
-    "four small purple squares",
-    "two small red circles",
+    "three small pink circles, on a green background",
+    "a small yellow cross above a large pink circle",
+    "four small red squares",
+    "a large cyan circle to the left of a large black circle",
 )
 SETTINGS = {"negative_prompt": None, "seed": 0, "steps": 25, "guidance_scale": 5.0, "height": 128, "width": 128}
 

@@ -19,6 +19,8 @@ from gspn2_diffusion.assets import tiny_scenes_path
 
 
 def unet_pipeline(args: argparse.Namespace) -> StableDiffusionPipeline:
+    if not (args.run / "latents.safetensors").exists():
+        raise SystemExit(f"{args.run} has no latents.safetensors; run train.py --stage unet there, which writes it.")
     _, vae = encode_all(argparse.Namespace(out=args.run), Accelerator(cpu=True))
     tokenizer = make_tokenizer(args.run / "tokenizer")
     unet = make_unet()

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = [
     "a large red circle above a small blue square",
-    "two small yellow triangles, on a purple background",
-    "a large green star to the left of a small orange diamond",
+    "two small yellow triangles, on a pink background",
+    "a large green ring to the left of a small orange diamond",
     "three small blue circles, on a white background",
 ]
 RATIOS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "16:9": (16, 9), "9:16": (9, 16), "2:1": (2, 1), "1:2": (1, 2)}
