@@ -79,8 +79,8 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
     // FULL: this batch and the next have all their lines, and one more.
     const auto scan_batch = [&](auto full, int batch) {
         constexpr bool FULL = decltype(full)::value;
-        float shared_logit[TURNS][Shared::OWN][3], shared_weight[TURNS][Shared::OWN][3];
-        float shared_sum[TURNS][Shared::OWN][3];  // d loss / d weights of the lines whose weights this lane has
+        [[maybe_unused]] float shared_logit[TURNS][Shared::OWN][3], shared_weight[TURNS][Shared::OWN][3];
+        [[maybe_unused]] float shared_sum[TURNS][Shared::OWN][3];  // d loss / d weights of the lines whose weights this lane has
         if constexpr (SETS == 1) {
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
@@ -137,7 +137,7 @@ GSPN2_DEVICE void scan_backward(const Params& p) {
                     if (n > 0 && j.low_edge(turn)) receive(buffer ^ 1, 0, (n - 1) / 2, lane, halo_bytes);
                     if (n > 0 && j.high_edge(turn)) receive(buffer ^ 1, 1, (n - 1) / 2, lane, halo_bytes);
                 }
-                float gradient[VEC], whole[VEC], gate[VEC], value[VEC];
+                [[maybe_unused]] float gradient[VEC], whole[VEC], gate[VEC], value[VEC];
                 dy_next[s][turn].unpack(gradient);
                 if constexpr (U) u_next[s][turn].unpack(whole);
                 if constexpr (LAM) lam_next[s][turn].unpack(gate), x_next[s][turn].unpack(value);

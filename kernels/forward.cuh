@@ -74,7 +74,7 @@ GSPN2_DEVICE void scan_forward(const Params& p) {
         for (int s = 0; s < AHEAD; ++s) {
             const int n = batch + s, buffer = s & 1;
             if (!FULL && n >= lines) break;
-            float value[TURNS][VEC], gate[TURNS][VEC], keep[TURNS][VEC], weight[TURNS][SETS][3];
+            [[maybe_unused]] float value[TURNS][VEC], gate[TURNS][VEC], keep[TURNS][VEC], weight[TURNS][SETS][3];
 #pragma unroll
             for (int turn = 0; turn < TURNS; ++turn) {
                 x_next[s][turn].unpack(value[turn]);

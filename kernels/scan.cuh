@@ -145,7 +145,7 @@ struct Constant {
 };
 
 // Which of the optional tensors a kernel has: the forward a state to save, the backward partial sums.
-constexpr int HAS_LAM = 1, HAS_U = 2, HAS_STATE = 4, HAS_PARTIAL = 4;
+enum { HAS_LAM = 1, HAS_U = 2, HAS_STATE = 4, HAS_PARTIAL = 4 };
 
 // The positions of a thread. One beyond the block's share stands on the last of it: it may read, but writes nothing, and so
 // does a lane beyond the last channel on the first lane's channels. What is true of them is kept as bits, in one register.

@@ -84,9 +84,9 @@ def shared_bytes(work: Work, vec: int, lanes: int, cluster: int, positions: int)
     return (32 if cluster > 1 else 0) + exchanged * 2 * (positions + 2) * lanes * vec * 4
 
 
-def largest_block(work: Work, sets: int) -> int:
+def largest_block(work: Work, vec: int, sets: int) -> int:
     """Threads of a block. Weights for each channel, and float32 in the backward, take more than 128 registers."""
-    return MOST_THREADS // 2 if sets > 1 or (work.backward and work.size == 4) else MOST_THREADS
+    return MOST_THREADS // 2 if sets > 1 or (work.backward and vec * work.size > 4 and work.size == 4) else MOST_THREADS
 
 
 def lines_ahead(work: Work, vec: int, sets: int, turns: int) -> int:
@@ -128,7 +128,7 @@ def make_variant(work: Work, vec: int, sets: int, lanes: int, cluster: int, ahea
     positions = -(-work.line // cluster)
     if cluster > 1:
         positions = max(positions, 2)
-    height = largest_block(work, sets) // lanes
+    height = largest_block(work, vec, sets) // lanes
     turns = -(-positions // height)
     if sliced is None or turns > MOST_TURNS:
         return None
@@ -166,7 +166,8 @@ def _candidates(work: Work, device: Device) -> Iterator[Variant]:
             yield from (v for v in whole if 2 * v.grid >= device.processors)
             yield from whole[-1:]
         yield from one_turn
-    yield from long_lines
+    # Each position of a thread takes registers of its own.
+    yield from sorted(long_lines, key=lambda v: v.turns * v.vec > 4)
 
 
 @lru_cache(4096)
