@@ -138,7 +138,7 @@ def _while_compiling(ids: Tensor) -> tuple[Grid, ...]:
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
 
 
-@torch.library.custom_op("gspn2::same_segments", mutates_args=(), **({"tags": _UNSAFE} if _UNSAFE else {}))
+@torch.library.custom_op("gspn2::same_segments", mutates_args=(), **({"tags": (_UNSAFE,)} if _UNSAFE else {}))
 def _same_segments(ids: Tensor, sides: list[int]) -> Tensor:
     found = [side for grid in known_segments(ids) for side in grid]
     if found != sides:
