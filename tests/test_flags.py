@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,8 +18,7 @@ from gspn2_diffusion.training import TextToImageArguments, TrainingArguments, pa
 from gspn2_diffusion.training.arguments import make_parser
 from gspn2_diffusion.training.data import Rows
 from gspn2_diffusion.training.encode import target_sizes
-from gspn2_diffusion.training.objective import Objective
-from gspn2_diffusion.training.trainer import learning_rates
+from gspn2_diffusion.training.trainer import learning_rates, make_objective
 
 from . import tiny_models
 from .training_runs import SIZE, image_folder
@@ -91,10 +90,10 @@ def rows(args: TrainingArguments, root: Path) -> Any:
 
 
 def timesteps(args: TrainingArguments, root: Path) -> Any:
-    """Of a flow-matching model."""
-    objective = Objective(FlowMatchEulerDiscreteScheduler(), 1.0, args.weighting_scheme, args.snr_gamma)
+    """Of a diffusion and of a flow-matching model."""
     generator = torch.Generator().manual_seed(0)
-    return [objective.draw(generator) for _ in range(20)]
+    schedulers = (DDPMScheduler(), FlowMatchEulerDiscreteScheduler())
+    return [[make_objective(scheduler, args).draw(generator) for _ in range(20)] for scheduler in schedulers]
 
 
 def run(args: TrainingArguments, root: Path) -> dict[str, Any]:
@@ -246,6 +245,9 @@ FLAGS = {
     "layerwise_steps": Flag(log, "1"),
     "snr_gamma": Flag(weights, "5"),
     "weighting_scheme": Flag(timesteps, "logit_normal"),
+    "logit_mean": Flag(timesteps, "-1", "--weighting_scheme logit_normal"),
+    "logit_std": Flag(timesteps, "2", "--weighting_scheme logit_normal"),
+    "mode_scale": Flag(timesteps, "0.5", "--weighting_scheme mode"),
     "learning_rate": Flag(rates, "1"),
     "layerwise_learning_rate": Flag(rates, "1", "--layerwise_steps 1"),
     "lr_scheduler": Flag(rates, "cosine"),

@@ -123,9 +123,10 @@ def test_flow_matching_targets() -> None:
     torch.testing.assert_close(target, noise - latents)
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), FlowMatchEulerDiscreteScheduler()])
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode"])
-def test_flow_matching_draws_by_scheme(scheme: str) -> None:
-    objective = Objective(FlowMatchEulerDiscreteScheduler(), weighting_scheme=scheme)
+def test_timesteps_are_drawn_by_scheme(scheme: str, scheduler: Any) -> None:
+    objective = Objective(scheduler, weighting_scheme=scheme)
     drawn = [objective.draw(torch.Generator().manual_seed(seed)) for seed in range(400)]
     middle = sum(250 <= step < 750 for step in drawn) / len(drawn)
     assert min(drawn) >= 0 and max(drawn) < 1000
@@ -133,11 +134,20 @@ def test_flow_matching_draws_by_scheme(scheme: str) -> None:
     assert low < middle < high
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_a_mean_below_zero_prefers_noisy_samples(scheduler: Any) -> None:
+    objective = Objective(scheduler, weighting_scheme="logit_normal", logit_mean=-1.0)
+    indices = torch.tensor([objective.draw(torch.Generator().manual_seed(seed)) for seed in range(400)])
+    latents, noise = torch.zeros(400, 1), torch.ones(400, 1)
+    share, _, _ = objective.noised(latents, noise, indices)
+    even, _, _ = objective.noised(latents, noise, torch.linspace(0, 999, 400).long())
+    assert share.mean() > even.mean() + 0.1
+
+
 @pytest.mark.parametrize(
     ("scheduler", "options", "message"),
     [
         (DDIMScheduler(prediction_type="sample"), {}, "prediction_type 'sample' is not supported"),
-        (DDIMScheduler(), {"weighting_scheme": "mode"}, "--weighting_scheme is for flow-matching"),
         (FlowMatchEulerDiscreteScheduler(), {"snr_gamma": 5.0}, "--snr_gamma has no meaning"),
     ],
 )

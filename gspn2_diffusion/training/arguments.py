@@ -99,8 +99,11 @@ class TrainingArguments:
     )
     snr_gamma: float | None = _help("Min-SNR weighting of the noise loss (arXiv 2303.09556); 5.0 is usual.")
     weighting_scheme: Literal["none", "logit_normal", "mode"] = _help(
-        "Density of timesteps for flow-matching models, as in diffusers; 'none' is uniform.", "none"
+        "Density of timesteps, as in diffusers' scripts; 'none' is uniform.", "none"
     )
+    logit_mean: float = _help("Mean of logit_normal; below 0 prefers noisy samples.", 0.0)
+    logit_std: float = _help("Standard deviation of logit_normal.", 1.0)
+    mode_scale: float = _help("Scale of mode.", 1.29)
 
     # Optimizer
     learning_rate: float = _help("Peak learning rate.", 1e-4)
@@ -152,7 +155,7 @@ class TrainingArguments:
                      "validation_steps", "logging_steps", "cache_shard_size", "encode_batch_size", "bucket_step",
                      "validation_inference_steps", "lr_num_cycles"):  # fmt: skip
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power"):
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "logit_std"):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -212,6 +215,9 @@ class TrainingArguments:
              "use --lr_scheduler cosine_with_restarts"),
             (self.lr_scheduler != "polynomial", ("lr_power",), "use --lr_scheduler polynomial"),
             (not self.noise_loss_weight, ("snr_gamma",), "--noise_loss_weight is 0"),
+            (self.weighting_scheme != "logit_normal", ("logit_mean", "logit_std"),
+             "use --weighting_scheme logit_normal"),
+            (self.weighting_scheme != "mode", ("mode_scale",), "use --weighting_scheme mode"),
         ):  # fmt: skip
             if idle and (flags := changed(*names)):
                 raise ValueError(f"{', '.join(flags)} would have no effect: {remedy}.")

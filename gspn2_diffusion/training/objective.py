@@ -16,8 +16,11 @@ class Objective:
     Args:
         scheduler: the pipeline's scheduler; only its config is read.
         timestep_scale: what the pipeline multiplies a timestep by before the denoiser gets it.
-        weighting_scheme: density of timesteps for flow matching (`"none"`, `"logit_normal"`, `"mode"`).
+        weighting_scheme: density of timesteps (`"none"`: uniform, `"logit_normal"`, `"mode"`; Esser et al. 2024,
+            section 3.1), over a line on which 0 is noise alone and 1 the picture.
         snr_gamma: Min-SNR gamma for the noise loss, or None.
+        logit_mean, logit_std: of `"logit_normal"`; a mean below 0 prefers noisy samples.
+        mode_scale: of `"mode"`.
 
     Raises:
         ValueError: the prediction type is not supported, or an option does not go with it.
@@ -29,8 +32,12 @@ class Objective:
         timestep_scale: float = 1.0,
         weighting_scheme: str = "none",
         snr_gamma: float | None = None,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
     ) -> None:
         self.timestep_scale, self.weighting_scheme, self.snr_gamma = timestep_scale, weighting_scheme, snr_gamma
+        self.density = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
         self.flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or "flow" in str(
             scheduler.config.get("prediction_type", "")
         )
@@ -44,18 +51,16 @@ class Objective:
             self.kind = self.scheduler.config.prediction_type
             if self.kind not in ("epsilon", "v_prediction"):
                 raise ValueError(f"prediction_type {self.kind!r} is not supported; use epsilon, v_prediction or flow.")
-            if weighting_scheme != "none":
-                raise ValueError("--weighting_scheme is for flow-matching models; use --snr_gamma.")
         self.steps = self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator) -> int:
         """One training timestep's index, from a generator on the CPU."""
-        if not self.flow:
+        if not self.flow and self.weighting_scheme == "none":
             return int(torch.randint(self.steps, (1,), generator=generator))
-        u = compute_density_for_timestep_sampling(
-            self.weighting_scheme, 1, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator
-        )
-        return min(int(u * self.steps), self.steps - 1)
+        u = compute_density_for_timestep_sampling(self.weighting_scheme, 1, generator=generator, **self.density)
+        index = min(int(u * self.steps), self.steps - 1)
+        # Timesteps of flow matching are listed from noise to picture; a diffusion's are counted from the picture.
+        return index if self.flow else self.steps - 1 - index
 
     def noised(self, latents: Tensor, noise: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents and noise (B, ...), timestep indices (B,) -> noisy latents, the denoiser's timestep (B,), target."""

@@ -119,7 +119,7 @@ class _Run:
         denoiser.requires_grad_(False)
         denoiser.eval()
         self.adapter = self._layers(denoiser)
-        self.objective = Objective(pipe.scheduler, data.facts["timestep_scale"], args.weighting_scheme, args.snr_gamma)
+        self.objective = make_objective(pipe.scheduler, args, data.facts["timestep_scale"])
         module = StudentStep(
             denoiser, self.objective, args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight
         )
@@ -336,6 +336,18 @@ class _Run:
             logger.info("Saved the adapter to %s; what happened is in %s.", self.folder, write_report(self.folder))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def make_objective(scheduler: Any, args: TrainingArguments, timestep_scale: float = 1.0) -> Objective:
+    return Objective(
+        scheduler,
+        timestep_scale,
+        args.weighting_scheme,
+        args.snr_gamma,
+        args.logit_mean,
+        args.logit_std,
+        args.mode_scale,
+    )
 
 
 def learning_rates(args: TrainingArguments) -> Callable[[int], float]:
