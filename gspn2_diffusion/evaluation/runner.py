@@ -181,6 +181,17 @@ def _gather(items: list[Any]) -> list[Any]:
     return sorted((item for part in parts for item in part), key=lambda item: item[0])
 
 
+def picture_size(pipe, height: int | None, width: int | None) -> tuple[int, int]:
+    """The sides asked for, in pixels; None is the model's own. Raises ValueError for a side that the VAE's factor does
+    not divide."""
+    own = default_size(pipe)
+    size = height or own[0], width or own[1]
+    for name, value in zip(("height", "width"), size, strict=True):
+        if value % pipe.vae_scale_factor:
+            raise ValueError(f"{name} {value} is not divisible by {pipe.vae_scale_factor}, the VAE's factor; round it")
+    return size
+
+
 @torch.no_grad()
 def draw(
     pipe,
@@ -200,8 +211,7 @@ def draw(
     changes it. Under several processes (`accelerate launch`) whole batches are dealt out in turn: each yields its own,
     and the pictures have the same bits as one process's on the same device.
     """
-    sides = default_size(pipe)
-    height, width = height or sides[0], width or sides[1]
+    height, width = picture_size(pipe, height, width)
     work = [(prompt, seed) for seed in seeds for prompt in prompts]
     rank, world = processes()
     denoiser: Any = find_model(pipe)
@@ -254,11 +264,7 @@ def evaluate_pipeline(
     for a side that the VAE's factor does not divide, before anything is generated.
     """
     prompts = load_prompts() if prompts is None else list(prompts)
-    sides = default_size(pipe)
-    height, width = height or sides[0], width or sides[1]
-    for name, value in (("height", height), ("width", width)):
-        if value % pipe.vae_scale_factor:
-            raise ValueError(f"{name} {value} is not divisible by {pipe.vae_scale_factor}, the VAE's factor; round it")
+    height, width = picture_size(pipe, height, width)
     for prompt in prompts:
         parse_prompt(prompt.prompt)
     judged: list[tuple[int, dict, Image.Image | None]] = []
