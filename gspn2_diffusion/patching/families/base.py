@@ -134,11 +134,11 @@ def _while_compiling(ids: Tensor) -> tuple[Grid, ...]:
     return segments_of(ids)
 
 
-# It may wait for the device, which a CUDA graph cannot; torch before 2.9 has no name for that.
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+# It may wait for the device, which a CUDA graph cannot; torch before 2.9 has no name for that, and its oldest no tags.
+_UNSAFE: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
-@torch.library.custom_op("gspn2::same_segments", mutates_args=(), **({"tags": (_UNSAFE,)} if _UNSAFE else {}))
+@torch.library.custom_op("gspn2::same_segments", mutates_args=(), **_UNSAFE)
 def _same_segments(ids: Tensor, sides: list[int]) -> Tensor:
     found = [side for grid in known_segments(ids) for side in grid]
     if found != sides:
