@@ -9,7 +9,7 @@ from PIL import Image
 
 from gspn2_diffusion import gspn2_disabled
 from gspn2_diffusion.cli.generate import paint
-from gspn2_diffusion.loading import load_pipeline
+from gspn2_diffusion.loading import GUIDANCE_SCALE, load_pipeline
 from gspn2_diffusion.pictures import side_by_side
 
 PROMPTS = (
@@ -20,7 +20,14 @@ PROMPTS = (
     "four small red squares",
     "a large cyan circle to the left of a large black circle",
 )
-SETTINGS = {"negative_prompt": None, "seed": 0, "steps": 25, "guidance_scale": 5.0, "height": 128, "width": 128}
+SETTINGS = {
+    "negative_prompt": None,
+    "seed": 0,
+    "steps": 25,
+    "guidance_scale": GUIDANCE_SCALE,
+    "height": 128,
+    "width": 128,
+}
 
 
 def row(label: str, pictures: list[Image.Image]) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ..loading import DTYPES, SHIPPED
+from ..loading import DTYPES, GUIDANCE_SCALE, SHIPPED
 
 
 def whole_number(at_least: int) -> Callable[[str], int]:
@@ -30,7 +30,12 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, float16 elsewhere")
     parser.add_argument("--steps", type=whole_number(1), default=25, help="denoising steps (default: 25)")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="classifier-free guidance (default: 5)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=GUIDANCE_SCALE,
+        help=f"classifier-free guidance (default: {GUIDANCE_SCALE:g})",
+    )
 
 
 def load(args: argparse.Namespace):

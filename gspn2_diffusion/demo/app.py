@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from ..cli.generate import slug
-from ..loading import UserError, default_size
+from ..loading import GUIDANCE_SCALE, UserError, default_size
 from ..png_info import read_png, save_png
 from .drawing import draw_sight, enlargement, mark_pixel
 from .library import ATTENTION_LABEL, Library
@@ -281,7 +281,7 @@ def build_demo(
                         dice = gr.Button("Random seed", size="sm", min_width=120)
                     with gr.Row():
                         steps = gr.Slider(1, limits.steps, value=25, step=1, label="Steps", elem_id="steps")
-                        guidance = gr.Slider(0, limits.guidance, value=5, step=0.5, label="Guidance")
+                        guidance = gr.Slider(0, limits.guidance, value=GUIDANCE_SCALE, step=0.5, label="Guidance")
                     with gr.Row():
                         width = gr.Slider(
                             8 * step, limits.side, value=sides[1], step=step, label="Width", elem_id="width"

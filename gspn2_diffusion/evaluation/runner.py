@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..assets import scene_eval_prompts_path
-from ..loading import default_size, exact_size
+from ..loading import GUIDANCE_SCALE, default_size, exact_size
 from ..patching.families import find_model
 from .scene_eval import judge
 from .vocabulary import parse_prompt
@@ -199,7 +199,7 @@ def draw(
     seeds: Sequence[int] = (0,),
     *,
     steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = GUIDANCE_SCALE,
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
@@ -249,7 +249,7 @@ def evaluate_pipeline(
     seeds: Sequence[int] = (0,),
     *,
     steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = GUIDANCE_SCALE,
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
