@@ -1,9 +1,12 @@
-"""Time every variant of the kernels that a block can have, for each shape: what the launcher's table was chosen from.
+"""Time the variants of the kernels that a block can have, for each shape: what the launcher's table was chosen from.
 
     python benchmarks/variants.py --out outputs/benchmarks/variants
 
-Compiles the variants in several processes first (CuPy keeps the binaries), then times each as a CUDA graph and compares
-its result with the first variant's. Prints the fastest four of each shape; writes variants.json.
+Of the forward: the pipeline's variants that its count of a line (`cuda.pipeline_cycles`) puts first, and the kernel for
+long lines, whose result all are compared with. Of the backward (`--passes backward`): every variant. They are compiled
+in several processes first (CuPy keeps the binaries) and timed in one process, as CUDA graphs over rotated inputs; where
+that one makes no progress it is killed and started again behind the variant, so one that hangs costs only itself.
+Prints a table; writes variants.jsonl.
 """
 
 import argparse
@@ -11,6 +14,9 @@ import itertools
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +26,8 @@ from scan import ALL, DTYPES, SHAPES, Timer, copy_bandwidth, floor_bytes, make_i
 from gspn2_diffusion.ops import cuda
 
 NAMES = [name for name in SHAPES if name not in ("tiny", "wide-72x128")]
+H100 = cuda.Device((9, 0), 132, 232448)
+WRONG = 0.02  # of the largest value
 
 
 def work_of(name: str, dtype: torch.dtype, backward: bool) -> cuda.Work:
@@ -31,12 +39,35 @@ def work_of(name: str, dtype: torch.dtype, backward: bool) -> cuda.Work:
     return cuda.Work(B, H, W, D, G, len(directions), longest, *sizes)
 
 
-def variants(name: str, dtype: torch.dtype, backward: bool) -> Iterator[cuda.Variant]:
+def pipelines(work: cuda.Work, most: int) -> list[cuda.Variant]:
+    """The best by count, at most three of one slice and cluster: batches, halos and channels are not in the count."""
+    found: dict[tuple[int, int, int], list[tuple[float, cuda.Variant]]] = {}
+    for vec, lanes, cluster in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), range(1, 9)):
+        per_channel = work.G == work.D
+        if vec * work.size > work.aligned or vec * lanes > work.D or (per_channel and vec > 4):
+            continue
+        for batch, channels, halo in itertools.product((8, 4, 2), (4, 2), (8, 4) if cluster > 1 else (8,)):
+            v = cuda.make_pipeline(work, vec, vec if per_channel else 1, lanes, cluster, batch, channels, halo)
+            if v is not None and v.shared <= H100.shared and v.grid >= 24 and vec * lanes >= channels:
+                found.setdefault((vec, lanes, cluster), []).append((cuda.pipeline_cycles(work, v, H100), v))
+    rest: list[tuple[float, cuda.Variant]] = []
+    for same in found.values():
+        same.sort(key=lambda pair: (pair[0], -pair[1].ahead))
+        others = [p for p in same[1:] if (p[1].channels != same[0][1].channels) or p[1].ahead != same[0][1].ahead]
+        rest += [same[0], *((pair[0] * 1.1, pair[1]) for pair in others[:2])]
+    return [v for _, v in sorted(rest, key=lambda pair: pair[0])[:most]]
+
+
+def old_forward(work: cuda.Work) -> cuda.Variant:
+    """What the table chooses without the pipeline."""
+    return next(v for v in cuda._candidates(work, H100) if not v.places and v.shared <= H100.shared)
+
+
+def all_backward(work: cuda.Work) -> Iterator[cuda.Variant]:
     """One position a thread, 16 to 64 bytes of a position in a block, enough threads and blocks to be worth a try."""
-    work = work_of(name, dtype, backward)
     for vec, lanes, cluster, ahead in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 4, 8), (2, 4, 8)):
-        each = vec * lanes * dtype.itemsize
-        if work.D % vec or not 16 <= each <= 64 or vec * lanes > work.D or vec * dtype.itemsize > work.aligned:
+        each = vec * lanes * work.size
+        if work.D % vec or not 16 <= each <= 64 or vec * lanes > work.D or vec * work.size > work.aligned:
             continue
         v = cuda.make_variant(work, vec, vec if work.G > 1 else 1, lanes, cluster, ahead)
         if v is None or v.turns > 1 or v.grid < 32 or v.block[0] * v.block[1] < (64 if cluster == 1 else 128):
@@ -44,88 +75,171 @@ def variants(name: str, dtype: torch.dtype, backward: bool) -> Iterator[cuda.Var
         yield v
 
 
-def has(name: str, backward: bool, v: cuda.Variant) -> int:
-    return (3 if SHAPES[name].output_gate else 1) + 4 * (backward and v.parts > 1)
+Job = tuple[str, str, bool, cuda.Variant]
 
 
-def compile_one(job: tuple[str, str, bool, cuda.Variant]) -> str:
+def all_jobs(args: argparse.Namespace) -> list[Job]:
+    """The first of each shape and pass is the one that the others are compared with."""
+    jobs: list[Job] = []
+    for name, which in itertools.product(args.shapes, args.passes):
+        work = work_of(name, DTYPES[args.dtype], which == "backward")
+        found = all_backward(work) if work.backward else [old_forward(work), *pipelines(work, args.most)]
+        jobs += [(name, args.dtype, work.backward, v) for v in found]
+    return jobs
+
+
+def compile_one(job: Job) -> str:
     name, dtype, backward, v = job
-    kernel = "BACKWARD" if backward else "FORWARD"
-    defines = cuda.defines(kernel, v, DTYPES[dtype], DTYPES[dtype], has(name, backward, v))
+    kernel = "BACKWARD" if backward else "PIPELINE" if v.places else "FORWARD"
+    has = (3 if SHAPES[name].output_gate else 1) + 4 * (backward and v.parts > 1)
     try:
         import cupy
 
-        module = cupy.RawModule(code=cuda.kernel_source(), options=("-std=c++17", *defines))
-        module.get_function(f"gspn2_{kernel.lower()}")
+        options = ("-std=c++17", *cuda.defines(kernel, v, DTYPES[dtype], DTYPES[dtype], has))
+        module = cupy.RawModule(code=cuda.kernel_source(), options=options)
+        spilled = module.get_function(f"gspn2_{kernel.lower()}").local_size_bytes
     except Exception as error:
-        return f"{job}: {str(error)[:300]}"
-    return ""
+        return f"{name} {shown(v)}: {str(error)[:300]}"
+    return f"{name} {shown(v)}: {spilled} bytes spilled" if spilled and not backward else ""
 
 
-def call(name: str, dtype: torch.dtype, backward: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """The operator's launches, whatever `cuda.choose` says."""
+def call(name: str, dtype: torch.dtype, backward: bool) -> tuple[Callable[[int], tuple[torch.Tensor, ...]], int]:
+    """The operator's launches on input set i, whatever `cuda.choose` says, and how many sets keep the cache cold."""
     shape = SHAPES[name]
-    x, lam, u, logits = make_inputs(shape, dtype, torch.device("cuda"))
+    torch.manual_seed(0)
+    count = 1 if backward else max(1, min(8, (200 << 20) // floor_bytes(shape, dtype, False)))
+    sets = [make_inputs(shape, dtype, torch.device("cuda")) for _ in range(count)]
     options = ([ALL.index(d) for d in shape.directions], False, 0, False)
     if not backward:
-        return lambda: cuda.scan_forward(x, lam, u, logits, *options, False)
-    y, state = cuda.scan_forward(x, lam, u, logits, *options, u is not None)
-    grad_y, saved = torch.randn_like(y), y if u is None else state
-    return lambda: cuda.scan_backward(grad_y, saved, x, lam, u, logits, *options)
+        return lambda i: cuda.scan_forward(*sets[i], *options, False)[:1], count
+    y, state = cuda.scan_forward(*sets[0], *options, shape.output_gate)
+    grad_y, saved = torch.randn_like(y), state if shape.output_gate else y
+    return lambda _: cuda.scan_backward(grad_y, saved, *sets[0], *options), count
 
 
-def measure(name: str, dtype: torch.dtype, backward: bool, timer: Timer) -> list[dict]:
-    table = cuda.choose
-    work = call(name, dtype, backward)
-    rows, first = [], None
-    for v in variants(name, dtype, backward):
+def largest_error(result: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
+    """Relative to the largest value, one image at a time."""
+    errors = [0.0]
+    for r, e in zip(result, expected, strict=True):
+        errors += [((r[b] - e[b]).abs().max() / e[b].abs().max()).item() for b in range(len(r)) if r.numel()]
+    return float(torch.tensor(errors).max())  # NaN if any is
+
+
+def time_group(jobs: list[tuple[int, Job]], first: int, out: Path) -> None:
+    """Times the jobs from number `first` on, of one shape and pass, a line of JSON each."""
+    name, dtype, backward, _ = jobs[0][1]
+    timer, table = Timer(torch.device("cuda"), 4), cuda.choose
+    work, sets = call(name, DTYPES[dtype], backward)
+    expected = None
+    for number, (_, _, _, v) in jobs:
+        if expected is not None and number < first:
+            continue
+        row = dict(number=number, shape=name, backward=backward, variant=list(v))
         cuda.choose = lambda _work, _device, v=v: v
         try:
-            result = torch.cat([t.flatten()[:100_000].float() for t in work() if t.numel()])
-            first = result if first is None else first
-            difference = ((result - first).abs().max() / first.abs().max()).item()
-            row = dict(shape=name, backward=backward, us=timer(lambda _: work()) * 1e6, difference=difference)
-            rows.append(row | v._asdict())
+            result = work(0)
+            expected = result if expected is None else expected
+            row |= dict(error=largest_error(result, expected))
+            if number >= first:
+                row |= dict(us=timer(work, sets) * 1e6)
+        except Exception as problem:
+            row |= dict(problem=str(problem)[:200])
         finally:
             cuda.choose = table
-    return sorted(rows, key=lambda row: row["us"])
+        if number >= first:
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
-def shown(row: dict) -> str:
-    chosen = " ".join(f"{name}{row[name]}" for name in ("vec", "lanes", "cluster", "ahead", "grid"))
-    return f"{row['us']:.1f} us ({chosen}{', WRONG' if row['difference'] > 0.02 else ''})"
+def shown(v: cuda.Variant) -> str:
+    names = ("vec", "lanes", "cluster", "ahead") + (("channels", "halo", "places") if v.places else ("turns",))
+    return " ".join(f"{name}{getattr(v, name)}" for name in names) + f" grid{v.grid} threads{v.block[0] * v.block[1]}"
+
+
+def report(rows: list[dict], jobs: list[Job], bandwidth: float) -> None:
+    for (name, dtype, backward), group in itertools.groupby(jobs, key=lambda job: job[:3]):
+        count = len(list(group))
+        mine = [row for row in rows if (row["shape"], row["backward"]) == (name, backward)]
+        timed = sorted((row for row in mine if "us" in row), key=lambda row: row["us"])
+        floor = floor_bytes(SHAPES[name], DTYPES[dtype], backward) / bandwidth * 1e6
+        bad = sum(not row.get("error", 1) <= WRONG for row in mine)
+        which = "backward" if backward else "forward"
+        print(f"\n{name} {which}: floor {floor:.1f} us, {count} variants, {bad} wrong or failed")
+        reference = [row for row in timed if not cuda.Variant(*row["variant"]).places and not backward]
+        for row in timed[:5] + [row for row in reference if row not in timed[:5]]:
+            v = cuda.Variant(*row["variant"])
+            counted = cuda.pipeline_cycles(work_of(name, DTYPES[dtype], False), v, H100) / 1755 if v.places else 0
+            note = f"WRONG by {row['error']:.2g}" if not row["error"] <= WRONG else f"{row['error']:.1g}"
+            print(f"  {row['us']:8.1f} us  counted {counted:7.1f}  {note}  {shown(v)}")
+        for row in mine:
+            if "problem" in row:
+                print(f"  {shown(cuda.Variant(*row['variant']))}: {row['problem'][:100]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/variants"))
     parser.add_argument("--shapes", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward"])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--most", type=int, default=20, help="pipelines of a shape")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
-    parser.add_argument("--count", action="store_true", help="only say how many there are; needs no GPU")
+    parser.add_argument("--patience", type=float, default=20, help="seconds for one variant")
+    parser.add_argument("--limit", type=float, default=600, help="seconds in all; what is timed until then is reported")
+    parser.add_argument("--list", action="store_true", help="only say which there are; needs no GPU")
+    parser.add_argument("--from-job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    dtype = DTYPES[args.dtype]
-    jobs = [(n, args.dtype, b, v) for n in args.shapes for b in (False, True) for v in variants(n, dtype, b)]
-    print(f"{len(jobs)} variants of {len(args.shapes)} shapes", flush=True)
-    if args.count:
+    started = time.monotonic()
+    jobs = all_jobs(args)
+    rows_path = args.out / "variants.jsonl"
+    if args.from_job is not None:
+        for _, group in itertools.groupby(enumerate(jobs), key=lambda job: job[1][:3]):
+            numbered = list(group)
+            if numbered[-1][0] >= args.from_job:
+                time_group(numbered, args.from_job, rows_path)
+                torch.cuda.empty_cache()
         return
+    print(f"{len(jobs)} variants of {len(args.shapes)} shapes", flush=True)
+    if args.list:
+        for name, _, backward, v in jobs:
+            print(name, "backward" if backward else "forward", shown(v), f"{v.shared // 1024} KB")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows_path.write_text("")
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         for problem in filter(None, pool.imap_unordered(compile_one, jobs)):
-            print(problem)
-    timer = Timer(torch.device("cuda"), 4)
-    bandwidth = copy_bandwidth(torch.device("cuda"), timer)
-    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s")
-    args.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
-    for name in args.shapes:
-        for backward in (False, True):
-            found = measure(name, dtype, backward, timer)
-            rows += found
-            floor = floor_bytes(SHAPES[name], dtype, backward) / bandwidth * 1e6
-            best = "; ".join(shown(row) for row in found[:4])
-            print(f"{name} {'backward' if backward else 'forward'}, floor {floor:.1f} us: {best}", flush=True)
-            (args.out / "variants.json").write_text(json.dumps(rows))
-            torch.cuda.empty_cache()
+            print(problem, flush=True)
+    print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
+
+    def rows() -> list[dict]:
+        return [json.loads(line) for line in rows_path.read_text().split("\n")[:-1]]
+
+    done = 0
+    while done < len(jobs) and time.monotonic() - started < args.limit:
+        child = subprocess.Popen([sys.executable, *sys.argv, "--from-job", str(done)])
+        seen = time.monotonic() + 20  # to start
+        while child.poll() is None and time.monotonic() - seen < args.patience:
+            if time.monotonic() - started > args.limit:
+                break
+            time.sleep(0.2)
+            if len(rows()) > done:
+                done, seen = len(rows()), max(seen, time.monotonic())
+        finished = child.poll() is not None
+        child.kill()
+        child.wait()
+        done = len(rows())
+        if done < len(jobs) and time.monotonic() - started < args.limit:
+            name, _, backward, v = jobs[done]
+            problem = "ended" if finished else f"nothing for {args.patience:.0f} s"
+            row = dict(number=done, shape=name, backward=backward, variant=list(v), problem=problem)
+            with rows_path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            done += 1
+    bandwidth = copy_bandwidth(torch.device("cuda"), Timer(torch.device("cuda"), 4))
+    print(
+        f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s, {time.monotonic() - started:.0f} s in all"
+    )
+    report(rows(), jobs, bandwidth)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,15 @@ GSPN2_DEVICE T* global_memory(T* pointer) {
 }
 
 GSPN2_DEVICE void block_barrier() { __syncthreads(); }
+GSPN2_DEVICE void warp_barrier() { __syncwarp(); }
 
 // The value of another lane of the warp; all 32 lanes call it.
 GSPN2_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+// The warp's index, for branches that a whole warp takes: from a shuffle the compiler knows that it does.
+GSPN2_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+// Of the lane before and after; the first and the last lane get their own.
+GSPN2_DEVICE float shuffle_up(float value) { return __shfl_up_sync(0xffffffffu, value, 1); }
+GSPN2_DEVICE float shuffle_down(float value) { return __shfl_down_sync(0xffffffffu, value, 1); }
 GSPN2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // What a line's edge waits for in a cluster: an mbarrier in the receiver's shared memory that counts the bytes of its phase.
@@ -112,6 +118,14 @@ GSPN2_DEVICE float to_float(Half value) {
     return result;
 }
 GSPN2_DEVICE float to_float(BFloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+
+// Both halves of a word.
+GSPN2_DEVICE void to_floats(unsigned word, Half, float& low, float& high) {
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(word));
+}
+GSPN2_DEVICE void to_floats(unsigned word, BFloat16, float& low, float& high) {
+    low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xffff0000u);
+}
 
 template <typename T>
 GSPN2_DEVICE T from_float(float value);

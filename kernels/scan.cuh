@@ -60,31 +60,33 @@ template <typename T, int N>
 struct Packed {
     static constexpr int BYTES = word_bytes(N * sizeof(T)), WORDS = N * sizeof(T) / BYTES;
     using Bits = typename BitsOf<BYTES>::type;
-    Bits words[WORDS];
+    alignas(BYTES) Bits words[WORDS];
     GSPN2_DEVICE void load(const T* from) {
 #pragma unroll
         for (int w = 0; w < WORDS; ++w) words[w] = reinterpret_cast<const Bits*>(from)[w];
     }
     GSPN2_DEVICE void unpack(float (&out)[N]) const {
-        alignas(16) T values[N];
+        if constexpr (sizeof(T) == 2 && BYTES >= 4) {
+            alignas(16) unsigned pairs[N / 2];
 #pragma unroll
-        for (int w = 0; w < WORDS; ++w) reinterpret_cast<Bits*>(values)[w] = words[w];
+            for (int w = 0; w < WORDS; ++w) reinterpret_cast<Bits*>(pairs)[w] = words[w];
 #pragma unroll
-        for (int e = 0; e < N; ++e) out[e] = to_float(values[e]);
+            for (int e = 0; e < N; e += 2) to_floats(pairs[e / 2], T{}, out[e], out[e + 1]);
+        } else {
+            alignas(16) T values[N];
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) reinterpret_cast<Bits*>(values)[w] = words[w];
+#pragma unroll
+            for (int e = 0; e < N; ++e) out[e] = to_float(values[e]);
+        }
     }
 };
 
 template <typename T, int N>
 GSPN2_DEVICE void load_vector(float (&out)[N], const T* from) {
-    constexpr int BYTES = word_bytes(N * sizeof(T)), EACH = BYTES / sizeof(T);
-    using Bits = typename BitsOf<BYTES>::type;
-#pragma unroll
-    for (int part = 0; part < N / EACH; ++part) {
-        alignas(16) T values[EACH];
-        *reinterpret_cast<Bits*>(values) = *reinterpret_cast<const Bits*>(from + part * EACH);
-#pragma unroll
-        for (int e = 0; e < EACH; ++e) out[part * EACH + e] = to_float(values[e]);
-    }
+    Packed<T, N> packed;
+    packed.load(from);
+    packed.unpack(out);
 }
 
 template <typename T, int N>
@@ -109,7 +111,8 @@ struct Place {
     int start, positions, owned;     // this block's first position, its share, and how many of them exist
 };
 
-template <int CLUSTER>
+// LEAST: positions of a share, so that all that a block hands over is its own, and no thread is both edges of it.
+template <int CLUSTER, int LEAST = 2>
 GSPN2_DEVICE Place find_place(const Params& p) {
     Place at;
     int rest = blockIdx.x;
@@ -127,7 +130,7 @@ GSPN2_DEVICE Place find_place(const Params& p) {
     at.first = segment * p.segment < lines ? segment * p.segment : lines;
     at.last = lines - at.first < p.segment ? lines : at.first + p.segment;
     at.positions = (at.length + CLUSTER - 1) / CLUSTER;
-    if (CLUSTER > 1 && at.positions < 2) at.positions = 2;  // so that no thread is both edges of a share
+    if (CLUSTER > 1 && at.positions < LEAST) at.positions = LEAST;
     at.start = at.rank * at.positions;
     at.owned = at.length - at.start < at.positions ? at.length - at.start : at.positions;
     if (at.owned < 0) at.owned = 0;

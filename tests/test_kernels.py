@@ -100,7 +100,7 @@ def test_same_bits_in_any_order_of_threads():
     case = Case(1, 2, 200, 16, merge="sum", gates="shared")
     first, _, launches = run(case, torch.float32, DEVICES["h100"], seed=1)
     again, _, _ = run(case, torch.float32, DEVICES["h100"], seed=2)
-    assert [launch.cluster for launch in launches] == [1, 4, 1], "meant to cover a split line and its sums over blocks"
+    assert [launch.cluster for launch in launches] == [8, 4, 1], "meant to cover a split line and its sums over blocks"
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
 
@@ -122,6 +122,37 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
     got, expected, _ = run(case, dtype, DEVICES["h100"])
     for name, value in got.items():
         assert_close(name, value, expected[name])
+
+
+# Few positions: halos as wide as a share, exchanges within a batch and over several, empty blocks, odd widths.
+PIPELINES = [
+    (Case(1, 19, 40, 16), torch.bfloat16, dict(vec=8, sets=1, lanes=2, cluster=4, batch=8, halo=4)),
+    (Case(1, 23, 61, 8, decay=True), torch.float32, dict(vec=4, sets=1, lanes=2, cluster=3, batch=2, halo=8)),
+    (Case(1, 9, 70, 8, 8, gates="lam"), torch.bfloat16, dict(vec=4, sets=4, lanes=2, cluster=8, batch=4, halo=2)),
+    (Case(2, 7, 1, 3, segment=3), torch.float32, dict(vec=1, sets=1, lanes=4, cluster=2, batch=4, halo=4)),
+    (
+        Case(1, 5, 9, 24, 2, gates="shared", merge="sum"),
+        TYPES[2],
+        dict(vec=4, sets=1, lanes=1, cluster=5, batch=4, channels=2),
+    ),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "dtype", "choices"), PIPELINES, ids=[str(case) for case, _, _ in PIPELINES])
+def test_emulated_pipelines_match_torch(case, dtype, choices, monkeypatch):
+    """Forward only: the backward has no pipeline."""
+    monkeypatch.setattr(cuda, "choose", lambda work, _device: cuda.make_pipeline(work, **choices))
+    inputs = [in_nan(t if t is None else t.detach()) for t in make_inputs(case, dtype)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = cuda.scan_forward(*inputs, *options(case), True, case.decay, device=DEVICES["h100"], execute=execute)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = [t if t is None else t.double() for t in inputs]
+    expected = eager.scan_forward(*exact, *options(case), True, case.decay)
+    assert_close("y", got[0], expected[0])
+    assert_close("state", got[1], expected[1])
 
 
 @needs_compiler
@@ -178,11 +209,19 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward):
             variant = cuda.choose(work, limits)
             threads = variant.block[0] * variant.block[1]
             assert variant.shared <= limits.shared
-            assert threads % 32 == 0 and threads <= cuda.largest_block(work, variant.vec, variant.sets)
             assert variant.vec * size <= max(aligned, size) and work.D % variant.vec == 0
-            assert variant.lanes == variant.block[0] and 32 % variant.lanes == 0
-            assert variant.slices * variant.lanes * variant.vec >= work.D
-            assert variant.block[1] * variant.turns * variant.cluster >= work.line
+            assert 32 % variant.lanes == 0 and variant.slices * variant.lanes * variant.vec >= work.D
+            if variant.places:
+                share = -(-work.line // variant.cluster)
+                halos = 0 if variant.cluster == 1 else variant.halo * min(2, variant.cluster - 1)
+                assert 32 * variant.places >= min(share + halos, work.line)
+                assert threads % 32 == 0 and threads <= 1024
+                assert threads - 32 * -(-variant.vec * variant.lanes // variant.channels) >= share * variant.lanes
+                assert variant.ahead % variant.halo == 0 or variant.halo % variant.ahead == 0
+            else:
+                assert threads % 32 == 0 and threads <= cuda.largest_block(work, variant.vec, variant.sets)
+                assert variant.lanes == variant.block[0]
+                assert variant.block[1] * variant.turns * variant.cluster >= work.line
             assert variant.cluster == 1 or (limits.capability >= (9, 0) and variant.cluster <= 8)
             assert variant.grid == work.B * work.K * work.segments * variant.slices * variant.cluster < 2**31
             assert variant.ahead % 2 == 0
@@ -191,14 +230,14 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward):
 @pytest.mark.parametrize(
     ("name", "backward", "vec", "lanes", "cluster", "blocks"),
     [
-        ("sdxl-1024-640", False, 4, 2, 1, 80),  # half sectors rather than less than half of the processors
+        ("sdxl-1024-640", False, 4, 4, 3, 120),
         ("sdxl-1024-640", True, 4, 4, 1, 40),  # the backward writes more: whole sectors
         ("sdxl-1024-1280", False, 4, 4, 1, 80),
-        ("sdxl-4k-640", False, 4, 2, 1, 80),
+        ("sdxl-4k-640", False, 8, 4, 5, 120),
         ("sdxl-4k-640", True, 4, 4, 2, 80),
-        ("sdxl-4k-1280", False, 4, 4, 1, 80),
-        ("sdxl-16k-640", False, 4, 4, 8, 96),  # longer than a block
-        ("batch-16", False, 4, 2, 4, 256),
+        ("sdxl-4k-1280", False, 8, 4, 3, 120),
+        ("sdxl-16k-640", False, 4, 4, 8, 96),
+        ("batch-16", False, 2, 4, 8, 512),
         ("first-gspn", False, 4, 2, 8, 128),
     ],
 )
@@ -219,7 +258,7 @@ def test_shared_memory_is_counted_as_the_kernels_count_it(name, size, backward):
     dtype = torch.float32 if size == 4 else torch.bfloat16
     work = work_of(SHAPES[name], size, backward)
     variant = cuda.choose(work, DEVICES["h100"])
-    defines = cuda.defines("BACKWARD" if backward else "FORWARD", variant, dtype, dtype)
+    defines = cuda.defines("BACKWARD" if backward else "PIPELINE", variant, dtype, dtype)
     positions = -(-work.line // variant.cluster)
     assert library(defines).needed_shared_bytes(positions) == variant.shared
     assert library(defines).params_bytes() == cuda.PARAMS.size
@@ -238,7 +277,7 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
             for backward in (False, True):
                 dtype = torch.float32 if size == 4 else torch.bfloat16
                 variant = cuda.choose(work_of(SHAPES[name], size, backward), by_capability[architecture])
-                kernel = "BACKWARD" if backward else "FORWARD"
+                kernel = "BACKWARD" if backward else "PIPELINE" if variant.places else "FORWARD"
                 if variant.turns > 1:  # long lines without clusters: several positions a thread spill, docs/kernel.md
                     continue
                 # The most that a kernel has: the state that the forward saves, the backward's sums over blocks.

@@ -4,6 +4,7 @@
 """
 
 import atexit
+import itertools
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,8 @@ STORAGE_NAMES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: 
 SECTOR = 32  # bytes of a memory transaction
 MOST_THREADS = 512  # of a block, so that a thread may have 128 registers
 MOST_TURNS = 8  # positions of a thread
+MOST_PLACES = 9  # positions of a lane of the pipeline
+EXCHANGE_CYCLES = 700  # from a cluster's block to its neighbour
 RING_WORDS = (40, 16)  # registers for what is on its way, in the forward and in the backward
 
 
@@ -44,6 +47,7 @@ class Work(NamedTuple):
     logits_aligned: int  # the same of logits, 0 where a pixel's groups do not follow one another
     gates: int  # how many of lam and u there are
     backward: bool
+    decay: bool = False
 
     @property
     def segments(self) -> int:
@@ -66,6 +70,10 @@ class Variant(NamedTuple):
     block: tuple[int, int]
     shared: int
     grid: int
+    # Of the forward's pipeline, 0 in the other kernels; there `ahead` is the lines of a batch.
+    places: int = 0
+    channels: int = 0
+    halo: int = 0
 
 
 class Launch(NamedTuple):
@@ -86,7 +94,7 @@ def shared_bytes(work: Work, vec: int, lanes: int, cluster: int, positions: int)
 
 def largest_block(work: Work, vec: int, sets: int) -> int:
     """Threads of a block. Weights for each channel, and float32 in the backward, take more than 128 registers."""
-    return MOST_THREADS // 2 if sets > 1 or (work.backward and vec * work.size > 4 and work.size == 4) else MOST_THREADS
+    return MOST_THREADS // 2 if sets > 1 or (work.backward and vec > 1 and work.size == 4) else MOST_THREADS
 
 
 def lines_ahead(work: Work, vec: int, sets: int, turns: int) -> int:
@@ -117,6 +125,8 @@ def _slices(work: Work, vec: int, sets: int, lanes: int) -> tuple[int, int] | No
     vectors, group = work.D // vec, work.D // work.G // vec
     if sets > 1:
         return -(-vectors // lanes), 1
+    if work.D // work.G % vec:
+        return None
     if work.G == 1:
         return -(-vectors // lanes), -(-vectors // lanes)
     return (vectors // lanes, group // lanes) if group and group % lanes == 0 else None
@@ -149,8 +159,88 @@ def make_variant(work: Work, vec: int, sets: int, lanes: int, cluster: int, ahea
     )
 
 
+def pipeline_shared_bytes(variant: Variant, decay: bool) -> int:
+    """Stage::FLOATS of pipeline.cuh, in bytes."""
+    v = variant
+    warps, step = -(-v.vec * v.lanes // v.channels), 34 if v.places == 2 else 33
+    line = warps * ((v.places * step * v.channels + 23) // 32 * 32 + 8)
+    weights = v.places * step * 4 if v.sets == 1 else 3 * line
+    exchanged = 8 * warps + 4 * warps * v.halo * v.channels if v.cluster > 1 else 0
+    return 4 * (-(-exchanged // 4) * 4 + 3 * v.ahead * line + 2 * v.ahead * (weights + line * decay))
+
+
+def make_pipeline(
+    work: Work, vec: int, sets: int, lanes: int, cluster: int = 1, batch: int = 4, channels: int = 4, halo: int = 8
+) -> Variant | None:
+    """The forward's pipeline with these choices, None where a block cannot have it."""
+    sliced = _slices(work, vec, sets, lanes)
+    halo = halo if cluster > 1 else batch
+    span = _span(work, cluster, halo)[1]
+    places = -(-span // 32)
+    threads = 32 * -(-vec * lanes // channels) + -(-span * lanes // 32) * 32
+    # Registers, as nvcc uses them: what is on its way in a feeding thread, and a scanning lane's positions.
+    taps = 3 * vec * work.logit_size // 4 if sets > 1 else 1
+    on_its_way = batch * (vec * work.size * (1 + work.gates) // 4 + taps)
+    registers = max(60 + 1.3 * on_its_way, 32 + 2 * places * channels + 8 * work.decay)
+    bound = -(-threads // 128) * 128  # a warp on each of four schedulers
+    if sliced is None or places > MOST_PLACES or bound > 1024 or registers > 65536 // bound // 8 * 8:
+        return None
+    slices, parts = sliced
+    grid = work.B * work.K * work.segments * slices * cluster
+    made = Variant(vec, sets, lanes, batch, 1, cluster, slices, parts, (threads, 1), 0, grid, places, channels, halo)
+    return made._replace(shared=pipeline_shared_bytes(made, work.decay))
+
+
+def _span(work: Work, cluster: int, halo: int) -> tuple[int, int]:
+    """Positions that a block of the pipeline owns, and that it scans."""
+    share = -(-work.line // cluster)
+    return (
+        (share, share)
+        if cluster == 1
+        else (max(share, halo), min(max(share, halo) + halo * min(2, cluster - 1), work.line))
+    )
+
+
+def pipeline_cycles(work: Work, v: Variant, device: Device) -> float:
+    """What the pipeline would take, from counts: of a line the slowest of the load unit's tag lookups (one for each
+    position and tensor), of issued instructions and of shared memory's bytes; the exchanges; the times the device is
+    filled."""
+    share, span = _span(work, v.cluster, v.halo)
+    width = v.vec * v.lanes
+    lookups = span * (1 + (work.gates > 0) + (-(-3 // v.lanes) if v.sets == 1 else 1)) + share * (1 + (work.gates > 1))
+    feeding = 15 + 11 * v.vec if v.sets == 1 else 30 + 60 * v.vec  # instructions of a warp for each line
+    scanning = 12 + 3 * v.channels + v.places * (3 * v.channels + 5)
+    warps = -(-width // v.channels)
+    issued = (-(-span * v.lanes // 32) * feeding + warps * scanning) / 4
+    moved = span * 16 * (width + (2 + warps if v.sets == 1 else 1.5 * width)) / 128
+    line = max(1.15 * lookups, 1.1 * issued, moved, 120) + (EXCHANGE_CYCLES / v.halo if v.cluster > 1 else 0)
+    # A cluster stays within a group of processors, 16 or 18 of them.
+    at_once = device.processors // 16 * (16 // v.cluster) * v.cluster if v.cluster > 1 else device.processors
+    return -(-v.grid // at_once) * (min(work.segment, work.line) * line + 4 * EXCHANGE_CYCLES)
+
+
+def _pipelines(work: Work, device: Device) -> Iterator[Variant]:
+    """All that fit, with as many lines in a batch as do."""
+    clusters = range(1, 9) if device.capability >= (9, 0) else (1,)
+    per_channel = work.G == work.D > 1
+    for vec, lanes, cluster, halo in itertools.product((8, 4, 2, 1), (8, 4, 2, 1), clusters, (8, 4)):
+        if vec * work.size > min(work.aligned, 16) or work.D % vec or (cluster == 1 and halo < 8):
+            continue
+        if (lanes > 1 and vec * (lanes // 2) >= work.D) or vec * lanes * work.size > 2 * SECTOR:
+            continue
+        if per_channel and (vec > 4 or work.logits_aligned < vec * work.logit_size):
+            continue
+        for batch in (8, 4, 2):
+            made = make_pipeline(work, vec, vec if per_channel else 1, lanes, cluster, batch, min(4, vec * lanes), halo)
+            if made is not None and made.shared <= device.shared:
+                yield made
+                break
+
+
 def _candidates(work: Work, device: Device) -> Iterator[Variant]:
     """From the most to the least wanted."""
+    if not work.backward:
+        yield from sorted(_pipelines(work, device), key=lambda v: pipeline_cycles(work, v, device))
     clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
     long_lines = []
     for vec, sets in _vectors(work):
@@ -221,22 +311,23 @@ def defines(
 ) -> tuple[str, ...]:
     """Options that compile one of gspn2.cu's kernels, FORWARD, BACKWARD or SUM_PARTIALS, for `variant`; `has`: 1 for
     lam, 2 for u, 4 for the forward's state or the backward's partial sums."""
-    if kernel == "SUM_PARTIALS":
-        choices: dict[str, object] = dict(LOGITS=STORAGE_NAMES[logits], CLUSTER=1, THREADS=256)
-    else:
-        choices = dict(
+    threads = variant.block[0] * variant.block[1]
+    choices: dict[str, object] = dict(LOGITS=STORAGE_NAMES[logits], CLUSTER=1, THREADS=256)
+    if kernel != "SUM_PARTIALS":
+        choices |= dict(
             STORAGE=STORAGE_NAMES[storage],
-            LOGITS=STORAGE_NAMES[logits],
             VEC=variant.vec,
             SETS=variant.sets,
             LANES=variant.lanes,
-            AHEAD=variant.ahead,
-            TURNS=variant.turns,
             CLUSTER=variant.cluster,
-            THREADS=256 if variant.block[0] * variant.block[1] <= 256 else MOST_THREADS,
             HAS=has,
             DECAY=int(decay),
         )
+        if kernel == "PIPELINE":
+            choices |= dict(BATCH=variant.ahead, PLACES=variant.places, CHANNELS=variant.channels, HALO=variant.halo)
+            choices |= dict(THREADS=-(-threads // 128) * 128)
+        else:
+            choices |= dict(AHEAD=variant.ahead, TURNS=variant.turns, THREADS=256 if threads <= 256 else MOST_THREADS)
     return (f"-DGSPN2_{kernel}", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
 
 
@@ -267,6 +358,7 @@ class _Arguments(NamedTuple):
             logits_aligned,
             gates,
             backward,
+            self.decay,
         )
 
     def launch(
@@ -292,6 +384,8 @@ class _Arguments(NamedTuple):
         grid, block, cluster, shared = variant.grid, variant.block, variant.cluster, variant.shared
         if partial is not None and kernel == "SUM_PARTIALS":
             grid, block, cluster, shared = -(-partial[0].numel() // 768), (256, 1), 1, 0
+        if kernel == "FORWARD" and variant.places:
+            kernel = "PIPELINE"
         last = partial if kernel == "BACKWARD" else outputs[0]
         has = (self.lam is not None) + 2 * (self.u is not None) + 4 * (last is not None)
         chosen = defines(kernel, variant, self.x.dtype, self.logits.dtype, has, self.decay)

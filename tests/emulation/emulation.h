@@ -77,6 +77,8 @@ struct Fiber {
     int linear;
     bool done = false;
     int cluster_ticket = 0;
+    const Barrier* waits = nullptr;  // for this barrier's generation to pass
+    int passed = 0;
 };
 
 struct Machine {
@@ -108,7 +110,9 @@ inline int arrive(Barrier& barrier) {
 
 inline void meet(Barrier& barrier) {
     const int generation = arrive(barrier);
-    while (barrier.generation == generation) yield();
+    if (barrier.generation != generation) return;
+    machine->now->waits = &barrier, machine->now->passed = generation;
+    yield();
 }
 
 inline void check_aligned(const void* at, int bytes) {
@@ -179,6 +183,16 @@ GSPN2_DEVICE float shuffle(float value, int from) {
     emulation::meet(warp.meet);
     return result;
 }
+GSPN2_DEVICE float shuffle_up(float value) {
+    const int lane = emulation::machine->now->linear % 32;
+    return shuffle(value, lane > 0 ? lane - 1 : lane);
+}
+GSPN2_DEVICE float shuffle_down(float value) {
+    const int lane = emulation::machine->now->linear % 32;
+    return shuffle(value, lane < 31 ? lane + 1 : lane);
+}
+GSPN2_DEVICE int warp_index() { return emulation::machine->now->linear / 32; }
+GSPN2_DEVICE void warp_barrier() { shuffle(0.f, 0); }
 GSPN2_DEVICE float shuffle_xor(float value, int mask) { return shuffle(value, (emulation::machine->now->linear % 32) ^ mask); }
 
 struct Signal {
@@ -249,6 +263,10 @@ GSPN2_DEVICE float to_float(BFloat16 value) {
     return result;
 }
 template <typename T>
+GSPN2_DEVICE void to_floats(unsigned word, T, float& low, float& high) {
+    low = to_float(T{static_cast<unsigned short>(word)}), high = to_float(T{static_cast<unsigned short>(word >> 16)});
+}
+template <typename T>
 GSPN2_DEVICE T from_float(float value);
 template <>
 GSPN2_DEVICE float from_float<float>(float value) {
@@ -304,6 +322,7 @@ inline std::string launch(std::function<void()> kernel, int grid, Index block_di
                 fiber.linear = t;
                 fiber.thread = {t % block_dim.x, t / block_dim.x % block_dim.y, t / block_dim.x / block_dim.y};
                 fiber.done = false;
+                fiber.waits = nullptr;
                 getcontext(&fiber.context);
                 fiber.context.uc_stack.ss_sp = fiber.stack.data();
                 fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -324,6 +343,8 @@ inline std::string launch(std::function<void()> kernel, int grid, Index block_di
                                                 : (reversed ? count - 1 - o : o) + offset - count];
                 if (fiber.done) continue;
                 ++running;
+                if (fiber.waits && fiber.waits->generation == fiber.passed) continue;
+                fiber.waits = nullptr;
                 state.now = &fiber;
                 swapcontext(&state.scheduler, &fiber.context);
             }

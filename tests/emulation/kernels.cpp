@@ -3,6 +3,8 @@
 
 #if defined(GSPN2_FORWARD)
 #define KERNEL gspn2_forward
+#elif defined(GSPN2_PIPELINE)
+#define KERNEL gspn2_pipeline
 #elif defined(GSPN2_BACKWARD)
 #define KERNEL gspn2_backward
 #else
@@ -21,6 +23,8 @@ extern "C" int run(const Params* params, int grid, int block_x, int block_y, int
 extern "C" int needed_shared_bytes(int positions) {
 #if defined(GSPN2_FORWARD)
     return forward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
+#elif defined(GSPN2_PIPELINE)
+    return 4 * Stage<GSPN2_VEC * GSPN2_LANES, GSPN2_SETS, GSPN2_BATCH, GSPN2_PLACES, GSPN2_CHANNELS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_DECAY>::FLOATS;
 #else
     return backward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
 #endif
