@@ -60,7 +60,7 @@ def pipelines(work: cuda.Work, most: int) -> list[cuda.Variant]:
 
 def old_forward(work: cuda.Work) -> cuda.Variant:
     """What the table chooses without the pipeline."""
-    return next(v for v in cuda._candidates(work, H100) if not v.places and v.shared <= H100.shared)
+    return cuda.choose(work, H100)
 
 
 def all_backward(work: cuda.Work) -> Iterator[cuda.Variant]:

@@ -100,7 +100,7 @@ def test_same_bits_in_any_order_of_threads():
     case = Case(1, 2, 200, 16, merge="sum", gates="shared")
     first, _, launches = run(case, torch.float32, DEVICES["h100"], seed=1)
     again, _, _ = run(case, torch.float32, DEVICES["h100"], seed=2)
-    assert [launch.cluster for launch in launches] == [8, 4, 1], "meant to cover a split line and its sums over blocks"
+    assert [launch.cluster for launch in launches] == [4, 4, 1], "meant to cover a split line and its sums over blocks"
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
 
@@ -124,6 +124,26 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
         assert_close(name, value, expected[name])
 
 
+def check_pipeline(case: Case, dtype: torch.dtype, device: Device) -> None:
+    """Forward only: the backward has no pipeline."""
+    inputs = [in_nan(t if t is None else t.detach()) for t in make_inputs(case, dtype)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = cuda.scan_forward(*inputs, *options(case), True, case.decay, device=device, execute=execute)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = [t if t is None else t.double() for t in inputs]
+    expected = eager.scan_forward(*exact, *options(case), True, case.decay)
+    assert_close("y", got[0], expected[0])
+    assert_close("state", got[1], expected[1])
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "dtype", "device"), EMULATED, ids=EMULATED_IDS)
+def test_emulated_pipeline_matches_torch(case, dtype, device):
+    check_pipeline(case, dtype, device._replace(pipeline=True))
+
+
 # Few positions: halos as wide as a share, exchanges within a batch and over several, empty blocks, odd widths.
 PIPELINES = [
     (Case(1, 19, 40, 16), torch.bfloat16, dict(vec=8, sets=1, lanes=2, cluster=4, batch=8, halo=4)),
@@ -141,18 +161,8 @@ PIPELINES = [
 @needs_compiler
 @pytest.mark.parametrize(("case", "dtype", "choices"), PIPELINES, ids=[str(case) for case, _, _ in PIPELINES])
 def test_emulated_pipelines_match_torch(case, dtype, choices, monkeypatch):
-    """Forward only: the backward has no pipeline."""
     monkeypatch.setattr(cuda, "choose", lambda work, _device: cuda.make_pipeline(work, **choices))
-    inputs = [in_nan(t if t is None else t.detach()) for t in make_inputs(case, dtype)]
-    torch.use_deterministic_algorithms(True)
-    try:
-        got = cuda.scan_forward(*inputs, *options(case), True, case.decay, device=DEVICES["h100"], execute=execute)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    exact = [t if t is None else t.double() for t in inputs]
-    expected = eager.scan_forward(*exact, *options(case), True, case.decay)
-    assert_close("y", got[0], expected[0])
-    assert_close("state", got[1], expected[1])
+    check_pipeline(case, dtype, DEVICES["h100"])
 
 
 @needs_compiler
@@ -197,12 +207,16 @@ def work_of(shape: tuple[int, ...], size: int, backward: bool, segment: int | No
     return Work(B, H, W, D, G, K, segment or max(H, W), size, size, aligned, aligned, gates, backward)
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+PASSES = {"forward": (False, False), "pipeline": (False, True), "backward": (True, False)}
+"""(backward, whether the pipeline may be chosen)"""
+
+
+@pytest.mark.parametrize(("backward", "pipeline"), PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize("size", [2, 4], ids=["half", "float32"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_table_gives_a_launch_that_fits(device, name, size, backward):
-    limits = DEVICES[device]
+def test_table_gives_a_launch_that_fits(device, name, size, backward, pipeline):
+    limits = DEVICES[device]._replace(pipeline=pipeline)
     for segment in (None, 4):
         for aligned in (16, 8, 4, size):
             work = work_of(SHAPES[name], size, backward, segment, aligned)
@@ -228,21 +242,30 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward):
 
 
 @pytest.mark.parametrize(
-    ("name", "backward", "vec", "lanes", "cluster", "blocks"),
+    ("name", "kind", "vec", "lanes", "cluster", "blocks"),
     [
-        ("sdxl-1024-640", False, 4, 4, 3, 120),
-        ("sdxl-1024-640", True, 4, 4, 1, 40),  # the backward writes more: whole sectors
-        ("sdxl-1024-1280", False, 4, 4, 1, 80),
-        ("sdxl-4k-640", False, 8, 4, 5, 120),
-        ("sdxl-4k-640", True, 4, 4, 2, 80),
-        ("sdxl-4k-1280", False, 8, 4, 3, 120),
-        ("sdxl-16k-640", False, 4, 4, 8, 96),
-        ("batch-16", False, 2, 4, 8, 512),
-        ("first-gspn", False, 4, 2, 8, 128),
+        ("sdxl-1024-640", "forward", 4, 2, 1, 80),  # half sectors rather than less than half of the processors
+        ("sdxl-1024-640", "backward", 4, 4, 1, 40),  # the backward writes more: whole sectors
+        ("sdxl-1024-1280", "forward", 4, 4, 1, 80),
+        ("sdxl-4k-640", "forward", 4, 2, 1, 80),
+        ("sdxl-4k-640", "backward", 4, 4, 2, 80),
+        ("sdxl-4k-1280", "forward", 4, 4, 1, 80),
+        ("sdxl-16k-640", "forward", 4, 4, 8, 96),  # longer than a block
+        ("batch-16", "forward", 4, 2, 4, 256),
+        ("first-gspn", "forward", 4, 2, 8, 128),
+        ("sdxl-1024-640", "pipeline", 4, 4, 3, 120),
+        ("sdxl-1024-1280", "pipeline", 4, 4, 1, 80),
+        ("sdxl-4k-640", "pipeline", 8, 4, 5, 120),
+        ("sdxl-4k-1280", "pipeline", 8, 4, 3, 120),
+        ("sdxl-16k-640", "pipeline", 4, 4, 8, 96),
+        ("batch-16", "pipeline", 2, 4, 8, 512),
+        ("first-gspn", "pipeline", 4, 2, 8, 128),
     ],
 )
-def test_table_on_an_h100(name, backward, vec, lanes, cluster, blocks):
-    variant = cuda.choose(work_of(SHAPES[name], 2, backward), DEVICES["h100"])
+def test_table_on_an_h100(name, kind, vec, lanes, cluster, blocks):
+    backward, pipeline = PASSES[kind]
+    variant = cuda.choose(work_of(SHAPES[name], 2, backward), DEVICES["h100"]._replace(pipeline=pipeline))
+    assert bool(variant.places) == pipeline
     assert (variant.vec, variant.lanes, variant.cluster, variant.grid) == (vec, lanes, cluster, blocks)
 
 
@@ -252,13 +275,14 @@ def test_line_that_cannot_fit_says_so():
 
 
 @needs_compiler
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize(("name", "size"), [("first-gspn", 4), ("sdxl-1024-640", 2), ("odd", 2)])
-def test_shared_memory_is_counted_as_the_kernels_count_it(name, size, backward):
+def test_shared_memory_is_counted_as_the_kernels_count_it(name, size, kind):
+    backward, pipeline = PASSES[kind]
     dtype = torch.float32 if size == 4 else torch.bfloat16
     work = work_of(SHAPES[name], size, backward)
-    variant = cuda.choose(work, DEVICES["h100"])
-    defines = cuda.defines("BACKWARD" if backward else "PIPELINE", variant, dtype, dtype)
+    variant = cuda.choose(work, DEVICES["h100"]._replace(pipeline=pipeline))
+    defines = cuda.defines(kind.upper(), variant, dtype, dtype)
     positions = -(-work.line // variant.cluster)
     assert library(defines).needed_shared_bytes(positions) == variant.shared
     assert library(defines).params_bytes() == cuda.PARAMS.size
@@ -274,9 +298,10 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
     jobs = set()
     for name, size in [("sdxl-1024-640", 2), ("sdxl-4k-1280", 2), ("first-gspn", 4), ("first-gspn", 2)]:
         for architecture in ARCHITECTURES:
-            for backward in (False, True):
+            for backward, pipeline in PASSES.values():
                 dtype = torch.float32 if size == 4 else torch.bfloat16
-                variant = cuda.choose(work_of(SHAPES[name], size, backward), by_capability[architecture])
+                limits = by_capability[architecture]._replace(pipeline=pipeline)
+                variant = cuda.choose(work_of(SHAPES[name], size, backward), limits)
                 kernel = "BACKWARD" if backward else "PIPELINE" if variant.places else "FORWARD"
                 if variant.turns > 1:  # long lines without clusters: several positions a thread spill, docs/kernel.md
                     continue

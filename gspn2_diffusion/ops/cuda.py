@@ -5,6 +5,7 @@
 
 import atexit
 import itertools
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     processors: int
     shared: int  # bytes that a block can have
+    pipeline: bool = False  # whether the forward of pipeline.cuh may be chosen
 
 
 class Work(NamedTuple):
@@ -239,7 +241,7 @@ def _pipelines(work: Work, device: Device) -> Iterator[Variant]:
 
 def _candidates(work: Work, device: Device) -> Iterator[Variant]:
     """From the most to the least wanted."""
-    if not work.backward:
+    if device.pipeline and not work.backward:
         yield from sorted(_pipelines(work, device), key=lambda v: pipeline_cycles(work, v, device))
     clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
     long_lines = []
@@ -515,7 +517,8 @@ def device_limits(index: int) -> Device:
         )
     runtime = _import_cupy().cuda.runtime
     shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-    return Device(capability, properties.multi_processor_count, shared)
+    # No GPU has run the pipeline's checks to their end yet: only who asks for it gets it.
+    return Device(capability, properties.multi_processor_count, shared, os.environ.get("GSPN2_PIPELINE") == "1")
 
 
 _functions: dict[tuple[int, tuple[str, ...]], Any] = {}
