@@ -30,6 +30,7 @@ parser.add_argument("--max_train_steps", type=int, default=200)
 parser.add_argument("--layerwise_steps", type=int, default=100)
 parser.add_argument("--train_batch_size", type=int, default=8)
 parser.add_argument("--steps", type=int, default=25, help="denoising steps of the pictures painted before and after")
+parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
 parser.add_argument("--prompt", default="a large red circle above a small blue square")
 parser.add_argument("--out", default="outputs/distilled")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
@@ -52,7 +53,8 @@ if args.train_data_dir is None:
 
 # %%
 def paint(pipe):
-    return pipe(args.prompt, num_inference_steps=args.steps, generator=torch.Generator().manual_seed(0)).images[0]
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    return pipe(args.prompt, generator=torch.Generator().manual_seed(0), **options).images[0]
 
 
 pipe = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)

@@ -24,6 +24,7 @@ parser.add_argument("--prompt", default="a large red circle above a small blue s
 parser.add_argument("--height", type=int, default=256)
 parser.add_argument("--width", type=int, default=384)
 parser.add_argument("--steps", type=int, default=25)
+parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
 parser.add_argument("--strengths", type=float, nargs="+", default=[0.4], help="noise of each stage after the first")
 parser.add_argument("--out", default="outputs/large")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
@@ -44,6 +45,7 @@ result = large(
     height=args.height,
     width=args.width,
     num_inference_steps=args.steps,
+    guidance_scale=args.guidance_scale,
     strengths=args.strengths,
     generator=torch.Generator().manual_seed(0),
 )

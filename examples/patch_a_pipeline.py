@@ -22,6 +22,7 @@ parser.add_argument("--model", default=str(tiny_scenes_path()), help="folder of 
 parser.add_argument("--adapter", help="folder of its adapter (default: the shipped one, or untrained layers)")
 parser.add_argument("--prompt", default="a large red circle above a small blue square")
 parser.add_argument("--steps", type=int, default=25)
+parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
 parser.add_argument("--out", default="outputs/patched.png")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 shipped = args.model == str(tiny_scenes_path()) and (tiny_adapter_path() / "config.json").is_file()
@@ -31,7 +32,8 @@ pipe = DiffusionPipeline.from_pretrained(args.model, use_safetensors=True)
 
 
 def paint():
-    return pipe(args.prompt, num_inference_steps=args.steps, generator=torch.Generator().manual_seed(0)).images[0]
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    return pipe(args.prompt, generator=torch.Generator().manual_seed(0), **options).images[0]
 
 
 before = paint()

@@ -37,7 +37,7 @@ class Objective:
         mode_scale: float = 1.29,
     ) -> None:
         self.timestep_scale, self.weighting_scheme, self.snr_gamma = timestep_scale, weighting_scheme, snr_gamma
-        self.density = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
+        self.density: dict[str, Any] = {"logit_mean": logit_mean, "logit_std": logit_std, "mode_scale": mode_scale}
         self.flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or "flow" in str(
             scheduler.config.get("prediction_type", "")
         )
