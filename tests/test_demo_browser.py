@@ -18,6 +18,7 @@ from PIL import Image
 
 from gspn2_diffusion.demo.library import Library
 from gspn2_diffusion.demo.painting import Limits, Request, paint
+from gspn2_diffusion.loading import GUIDANCE_SCALE
 from gspn2_diffusion.png_info import read_png
 
 from . import demo_folders
@@ -124,7 +125,7 @@ def expected(folders, **changes):
         negative_prompt="",
         seed=0,
         steps=2,
-        guidance_scale=5.0,
+        guidance_scale=GUIDANCE_SCALE,
         height=32,
         width=32,
         model="painter",
