@@ -22,10 +22,10 @@ parser.add_argument("--model", default=str(tiny_scenes_path()), help="folder of 
 parser.add_argument("--adapter", help="folder of its adapter (default: the shipped one, or untrained layers)")
 parser.add_argument("--prompt", default="a large red circle above a small blue square")
 parser.add_argument("--height", type=int, default=256)
-parser.add_argument("--width", type=int, default=384)
+parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--steps", type=int, default=25)
 parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
-parser.add_argument("--strengths", type=float, nargs="+", default=[0.4], help="noise of each stage after the first")
+parser.add_argument("--strengths", type=float, nargs="+", default=[0.2], help="noise of each stage after the first")
 parser.add_argument("--out", default="outputs/large")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 shipped = args.model == str(tiny_scenes_path()) and (tiny_adapter_path() / "config.json").is_file()

@@ -32,6 +32,7 @@ from gspn2_diffusion.memory import SWITCHES, active_switches, available_switches
 logger = logging.get_logger(__name__)
 
 STRENGTHS = (0.32, 0.24, 0.16, 0.08)
+LARGEST_BASE = 1.6  # times the area that the model was trained for; of more, a quarter is nearer
 VAE_TILING_ABOVE = 2048 * 2048
 STATE = "state.json"
 # Set by this pipeline for each stage.
@@ -180,8 +181,8 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
         return default * getattr(self._text2img, "vae_scale_factor", 8)
 
     def stage_sizes(self, height: int, width: int, base_size: int | None = None) -> list[tuple[int, int]]:
-        """(height, width) of each stage, each side about twice the one before, none of the first above `base_size`'s
-        area by more than a tenth.
+        """(height, width) of each stage, each side about twice the one before; the first has 0.4 to 1.6 times
+        `base_size`'s area (less for pictures that are smaller), near to what the model was trained for.
 
         Raises:
             ValueError: a side is not a positive multiple of `size_multiple`.
@@ -213,7 +214,7 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
             num_inference_steps: steps of a full denoising; a stage of strength s runs about s times as many.
             strengths: how much noise each stage after the first starts from, 0 to 1; the last one serves for all that
                 follow. The default is what LinFusion uses for SDXL at 2K, 4K, 8K and 16K.
-            base_size: side of the square whose area the first stage may have; the model's own by default.
+            base_size: side of the square whose area the first stage is near to; the model's own by default.
             generator: draws one seed for each stage; None draws them from torch's global generator.
             folder: keeps each finished stage (PNG) and the state (JSON) there. Called again with the same arguments,
                 the pipeline goes on after the last finished stage and makes the same final picture.
@@ -361,7 +362,7 @@ def stage_sizes(height: int, width: int, base_size: int, multiple: int) -> list[
             nearest = max(multiple, round(side / multiple) * multiple)
             raise ValueError(f"{name} is {side}; this model needs a multiple of {multiple}, such as {nearest}.")
     sizes = [(height, width)]
-    while math.prod(sizes[0]) > base_size**2 * 1.1 and min(sizes[0]) > multiple:
+    while math.prod(sizes[0]) > base_size**2 * LARGEST_BASE and min(sizes[0]) > multiple:
         sizes.insert(0, tuple(math.ceil(side / 2 / multiple) * multiple for side in sizes[0]))  # type: ignore[arg-type]
     return sizes
 

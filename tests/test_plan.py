@@ -89,8 +89,8 @@ def test_plan_of_a_pipeline_and_of_its_folder(tmp_path):
     pipe = tiny_models.sd_pipe()
     apply_gspn2(pipe)
     ticks = iter(range(10**9))
-    made = plan(pipe, 48, 32, calibrate_at=16, num_inference_steps=10, clock=lambda: next(ticks))
-    assert [(s.height, s.width, s.steps) for s in made.stages] == [(24, 16, 10), (48, 32, 3)]
+    made = plan(pipe, 64, 48, calibrate_at=16, num_inference_steps=10, clock=lambda: next(ticks))
+    assert [(s.height, s.width, s.steps) for s in made.stages] == [(32, 24, 10), (64, 48, 3)]
     assert made.fits and made.switches == {} and "7 GSPN-2 layers on cpu" in str(made)
     assert made.stages[1].call_seconds > made.stages[0].call_seconds
     assert made.seconds == pytest.approx(sum(s.seconds for s in made.stages))
