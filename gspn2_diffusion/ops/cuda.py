@@ -196,11 +196,10 @@ def make_pipeline(
 def _span(work: Work, cluster: int, halo: int) -> tuple[int, int]:
     """Positions that a block of the pipeline owns, and that it scans."""
     share = -(-work.line // cluster)
-    return (
-        (share, share)
-        if cluster == 1
-        else (max(share, halo), min(max(share, halo) + halo * min(2, cluster - 1), work.line))
-    )
+    if cluster == 1:
+        return share, share
+    share = max(share, halo)
+    return share, min(share + halo * min(2, cluster - 1), work.line)
 
 
 def pipeline_cycles(work: Work, v: Variant, device: Device) -> float:
@@ -563,6 +562,10 @@ def _execute(launch: Launch) -> None:
     function((launch.grid,), launch.block, (launch.params,), launch.shared, _stream(index))
 
 
+Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+"""x, lam, u, logits."""
+
+
 class Plan:
     """A forward that needs no gradient, worked out once: a call only fills in addresses and launches.
 
@@ -571,10 +574,7 @@ class Plan:
 
     def __init__(
         self,
-        x: torch.Tensor,
-        lam: torch.Tensor | None,
-        u: torch.Tensor | None,
-        logits: torch.Tensor,
+        tensors: Inputs,
         directions: Sequence[int],
         softmax: bool,
         segment: int,
@@ -582,19 +582,17 @@ class Plan:
         decay: bool,
     ) -> None:
         launches: list[Launch] = []
-        options = (directions, softmax, segment, False, False, decay)
-        y, _ = scan_forward(x, lam, u, logits, *options, execute=launches.append)
+        y, _ = scan_forward(*tensors, directions, softmax, segment, False, False, decay, execute=launches.append)
         (launch,) = launches
-        self.index = x.device.index
+        self.index = y.device.index
         self.function = _function(launch, self.index)
         self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
         self.params = bytearray(launch.params.tobytes())
         self.shape = y.shape
         self.merge_sum = merge_sum
 
-    def __call__(
-        self, x: torch.Tensor, lam: torch.Tensor | None, u: torch.Tensor | None, logits: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, tensors: Inputs) -> torch.Tensor:
+        x, lam, u, logits = tensors
         y = x.new_empty(self.shape)
         params = self.params[:]
         # In the order of scan.cuh's Params, whose views are six words long: x, lam, u, logits, the state, y.
@@ -615,14 +613,19 @@ def _facts(t: torch.Tensor | None) -> tuple | None:
     return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
 
 
-def plan_key(tensors: Sequence[torch.Tensor | None], *options: Any) -> tuple | None:
-    """What a Plan depends on, or None where there can be none: torch's own machinery has to see those calls."""
+def plan_key(tensors: Inputs, directions: Sequence[str], *options: Any) -> tuple | None:
+    """What a Plan depends on, or None where there can be none: torch's own machinery has to see those calls, and the
+    checks of the arguments those that are not of the right kind."""
     x = tensors[0]
-    if not (type(x) is torch.Tensor and x.is_cuda and x.numel() and x.dtype in STORAGE_NAMES):
+    if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not x.is_cuda:
+        return None
+    if not isinstance(directions, tuple) or not all(t is None or isinstance(t, torch.Tensor) for t in tensors):
+        return None
+    if type(x) is not torch.Tensor or not x.numel() or x.dtype not in STORAGE_NAMES:
         return None
     if torch.compiler.is_compiling() or torch.cuda.current_device() != x.device.index:
         return None
-    return (x.device.index, *map(_facts, tensors), *options)
+    return (x.device.index, *map(_facts, tensors), directions, *options)
 
 
 # Binaries are unloaded while CuPy is still there, not when the interpreter takes modules apart.

@@ -123,20 +123,15 @@ def gspn2_scan(
     """
     # A sampler calls with the same shapes again and again, without gradient: the dispatcher and the checks would cost
     # more than the launch.
-    key = None
-    needs_grad = torch.is_grad_enabled()
-    if not needs_grad and isinstance(x, torch.Tensor) and x.is_cuda:
-        tensors = (x, lam, u, logits)
-        if isinstance(directions, tuple) and all(t is None or isinstance(t, torch.Tensor) for t in tensors):
-            key = cuda.plan_key(tensors, directions, normalizer, segment, merge, decay)
-        plan = None if key is None else cuda.planned(key)
-        if plan is not None:
-            return plan(x, lam, u, logits)
-    check_inputs(x, lam, u, logits, ScanOptions(directions, normalizer, segment, merge, decay))
-    needs_grad = needs_grad and any(t is not None and t.requires_grad for t in (x, lam, u, logits))
+    tensors = (x, lam, u, logits)
+    key = cuda.plan_key(tensors, directions, normalizer, segment, merge, decay)
+    if key is not None and (plan := cuda.planned(key)) is not None:
+        return plan(tensors)
+    check_inputs(*tensors, ScanOptions(directions, normalizer, segment, merge, decay))
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     merge_sum = merge == "sum"
     save_state = needs_grad and (merge_sum or u is not None)
     options = ([DIRECTIONS.index(d) for d in directions], normalizer == "softmax", segment or 0, merge_sum)
     if key is not None:
-        return cuda.remember(key, cuda.Plan(x, lam, u, logits, *options, decay))(x, lam, u, logits)
-    return _scan(x, lam, u, logits, *options, save_state, decay)[0]
+        return cuda.remember(key, cuda.Plan(tensors, *options, decay))(tensors)
+    return _scan(*tensors, *options, save_state, decay)[0]
