@@ -10,15 +10,14 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from gspn2_diffusion import gspn2_disabled
-from gspn2_diffusion.loading import default_size, load_pipeline
+from gspn2_diffusion.loading import GUIDANCE_SCALE, default_size, load_pipeline
 from gspn2_diffusion.patching.families import find_model
-from gspn2_diffusion.training.data import fit, open_picture
-from gspn2_diffusion.training.encode import Conditioner, encode_pictures
+from gspn2_diffusion.training.data import open_picture
+from gspn2_diffusion.training.encode import Conditioner, encode_pictures, pixels_of
 from gspn2_diffusion.training.objective import Objective
 from gspn2_diffusion.training.student import StudentStep
 
@@ -32,12 +31,13 @@ def relative(student: torch.Tensor, teacher: torch.Tensor) -> float:
 @torch.no_grad()
 def table(pipe, captions: list[str], pictures: list[Image.Image], guidance_scale: float, seed: int = 0) -> str:
     """Pictures of the pipeline's own size, and their captions."""
-    conditioner = Conditioner(pipe)
-    fitted = [torch.from_numpy(np.array(fit(picture, default_size(pipe)))) for picture in pictures]
-    pixels = torch.stack(fitted).permute(0, 3, 1, 2).float() / 127.5 - 1
-    conditions = [{**own, **shared} for texts in (captions, [""] * len(captions))
-                  for own, shared, facts in [conditioner(texts, default_size(pipe))]]  # fmt: skip
-    facts = conditioner(captions[:1], default_size(pipe))[2]
+    size = default_size(pipe)
+    own, shared, facts = Conditioner(pipe)([*captions, *[""] * len(captions)], size)
+    conditions = [
+        {name: value.chunk(2)[half] for name, value in own.items()} | shared  # with the captions, without
+        for half in (0, 1)
+    ]
+    pixels = torch.stack([pixels_of(picture, size) for picture in pictures])
     latents = encode_pictures(pipe, pixels, facts["packed"]).float()
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
     objective = Objective(pipe.scheduler, facts["timestep_scale"])
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--adapter", help="default: the shipped one for the shipped model")
     parser.add_argument("--data", type=Path, required=True, help="image folder with metadata.jsonl")
     parser.add_argument("--num", type=int, default=48, help="pictures, the folder's first")
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE)
     args = parser.parse_args()
     rows = [json.loads(line) for line in (args.data / "metadata.jsonl").read_text().splitlines()[: args.num]]
     pictures = [open_picture(args.data / row["file_name"]) for row in rows]

@@ -31,7 +31,7 @@ from PIL import Image
 from gspn2_diffusion import fuse_gspn2, gspn2_disabled
 from gspn2_diffusion.evaluation import judge, load_prompts
 from gspn2_diffusion.evaluation.runner import EvalPrompt
-from gspn2_diffusion.loading import DTYPES, load_pipeline, pick_device
+from gspn2_diffusion.loading import DTYPES, GUIDANCE_SCALE, load_pipeline, pick_device
 from gspn2_diffusion.pictures import side_by_side
 
 MIXERS = ("attention", "GSPN-2")
@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=300, help="prompts, evenly over the categories")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25, help="of a full denoising")
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.32, 0.24, 0.16], help="of the larger stages")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=60, help="no further prompt after so many")

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 
 from gspn2_diffusion import apply_gspn2, gspn2_disabled
 from gspn2_diffusion.assets import tiny_scenes_path
+from gspn2_diffusion.loading import GUIDANCE_SCALE
 from gspn2_diffusion.pictures import side_by_side
 from gspn2_diffusion.training import parse_args, train
 
@@ -30,7 +31,7 @@ parser.add_argument("--max_train_steps", type=int, default=200)
 parser.add_argument("--layerwise_steps", type=int, default=100)
 parser.add_argument("--train_batch_size", type=int, default=8)
 parser.add_argument("--steps", type=int, default=25, help="denoising steps of the pictures painted before and after")
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
+parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE, help="classifier-free guidance")
 parser.add_argument("--prompt", default="a large red circle above a small blue square")
 parser.add_argument("--out", default="outputs/distilled")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own

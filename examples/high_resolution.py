@@ -15,6 +15,7 @@ from gspn2_diffusion.pipelines.gspn2_upscale import GSPN2UpscalePipeline
 
 from gspn2_diffusion import apply_gspn2
 from gspn2_diffusion.assets import tiny_adapter_path, tiny_scenes_path
+from gspn2_diffusion.loading import GUIDANCE_SCALE
 
 # %%
 parser = argparse.ArgumentParser(description="A large picture in stages.")
@@ -24,7 +25,7 @@ parser.add_argument("--prompt", default="a large red circle above a small blue s
 parser.add_argument("--height", type=int, default=256)
 parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--steps", type=int, default=25)
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
+parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE, help="classifier-free guidance")
 parser.add_argument("--strengths", type=float, nargs="+", default=[0.2], help="noise of each stage after the first")
 parser.add_argument("--out", default="outputs/large")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from gspn2_diffusion import apply_gspn2, gspn2_disabled, remove_gspn2
 from gspn2_diffusion.assets import tiny_adapter_path, tiny_scenes_path
+from gspn2_diffusion.loading import GUIDANCE_SCALE
 from gspn2_diffusion.pictures import side_by_side
 
 # %%
@@ -22,7 +23,7 @@ parser.add_argument("--model", default=str(tiny_scenes_path()), help="folder of 
 parser.add_argument("--adapter", help="folder of its adapter (default: the shipped one, or untrained layers)")
 parser.add_argument("--prompt", default="a large red circle above a small blue square")
 parser.add_argument("--steps", type=int, default=25)
-parser.add_argument("--guidance_scale", type=float, default=4.0, help="classifier-free guidance")
+parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE, help="classifier-free guidance")
 parser.add_argument("--out", default="outputs/patched.png")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 shipped = args.model == str(tiny_scenes_path()) and (tiny_adapter_path() / "config.json").is_file()

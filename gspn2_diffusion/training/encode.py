@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -129,6 +130,11 @@ def unflatten(values: dict[str, Tensor]) -> dict[str, Any]:
             inner = inner.setdefault(parent, {})
         inner[last] = value
     return nested
+
+
+def pixels_of(image: Image.Image, size: Size) -> torch.Tensor:
+    """The image as `fit` cuts it, float32 (3, height, width) in [-1, 1]."""
+    return torch.from_numpy(np.array(fit(image, size))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -250,8 +256,7 @@ def _encode_shard(
             logger.warning("Skipped %s, which cannot be read: %s", row.name, error)
         else:
             size = fitting_size(image, sizes)
-            pixels = torch.from_numpy(np.asarray(fit(image, size)).copy()).permute(2, 0, 1).float() / 127.5 - 1
-            waiting.setdefault(size, []).append((pixels, row.caption))
+            waiting.setdefault(size, []).append((pixels_of(image, size), row.caption))
             if len(waiting[size]) == args.encode_batch_size:
                 flush(size)
         bar.update()
