@@ -8,6 +8,7 @@ Training scenes never hold a combination of `HELD_OUT_*`; every held-out prompt 
 
 import argparse
 import json
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -111,10 +112,16 @@ def place(rng: np.random.Generator, counts: list[int], relation: str | None) -> 
     return [(x + rng.uniform(-0.04, 0.04), y + rng.uniform(-0.04, 0.04)) for x, y in centres]
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a training scene: 30 % one object, 20 % counts, 20 % two kinds, 30 % relations; half on plain white."""
+KINDS = ("single", "count", "pair", "relation")
+MIX = (0.3, 0.2, 0.2, 0.3)
+"""Shares of pictures with one object, with several of one kind, of two kinds with nothing said of their places, of
+two kinds in a relation."""
+
+
+def sample_scene(rng: np.random.Generator, mix: Sequence[float] = MIX) -> Scene:
+    """Draw a training scene, half of them on plain white; `mix`: the shares of KINDS."""
     while True:
-        kind = rng.choice(["single", "count", "pair", "relation"], p=[0.3, 0.2, 0.2, 0.3])
+        kind = rng.choice(KINDS, p=mix)
         counts = {
             "single": [1],
             "count": [int(rng.integers(2, 5))],
@@ -196,10 +203,10 @@ def render(scene: Scene, width: int = 128, height: int = 128) -> np.ndarray:
     return (picture + 0.5).astype(np.uint8)
 
 
-def training_scene(index: int, seed: int) -> tuple[Scene, str]:
+def training_scene(index: int, seed: int, mix: Sequence[float] = MIX) -> tuple[Scene, str]:
     """Scene and caption number `index` of the training set `seed`."""
     rng = np.random.default_rng([seed, index])
-    scene = sample_scene(rng)
+    scene = sample_scene(rng, mix)
     return scene, caption(rng, scene)
 
 
@@ -248,8 +255,8 @@ def held_out_prompts(number: int = 600, seed: int = 1) -> list[dict[str, str]]:
     return [{"category": category, "prompt": prompt} for prompt, category in prompts.items()]
 
 
-def write_one(index: int, out: Path, seed: int, size: int) -> dict:
-    scene, text = training_scene(index, seed)
+def write_one(index: int, out: Path, seed: int, size: int, mix: Sequence[float]) -> dict:
+    scene, text = training_scene(index, seed, mix)
     name = f"{index // 1000:03d}/{index:06d}.png"
     Image.fromarray(render(scene, size, size)).save(out / name, compress_level=1)
     return {"file_name": name, "text": text, "scene": {k: v for k, v in asdict(scene).items() if k != "centres"}}
@@ -264,14 +271,24 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="side of a picture in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument(
+        "--mix",
+        type=float,
+        nargs=len(KINDS),
+        default=MIX,
+        metavar="SHARE",
+        help="shares of pictures with one object, several of one kind, two kinds, two kinds in a relation (sum 1)",
+    )
     args = parser.parse_args()
+    if min(args.mix) < 0 or abs(sum(args.mix) - 1) > 1e-6:
+        parser.error(f"--mix got {args.mix}, which sum to {sum(args.mix):g}; pass four shares that sum to 1.")
     if args.prompts:
         lines = held_out_prompts(args.num, args.seed)
         args.prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return
     for folder in range((args.num + 999) // 1000):
         (args.out / f"{folder:03d}").mkdir(parents=True, exist_ok=True)
-    work = partial(write_one, out=args.out, seed=args.seed, size=args.size)
+    work = partial(write_one, out=args.out, seed=args.seed, size=args.size, mix=args.mix)
     with ProcessPoolExecutor(args.workers) as pool, open(args.out / "metadata.jsonl", "w") as metadata:
         for line in tqdm(pool.map(work, range(args.num), chunksize=250), total=args.num, desc="scenes"):
             metadata.write(json.dumps(line) + "\n")
