@@ -196,6 +196,7 @@ class Flag(NamedTuple):
 
 HUB = "--dataset_name ROOT/set"
 DRAWING = "--validation_prompts a --validation_inference_steps 1 --validation_steps 1"
+ROLLOUT = "--rollout_share 0.5"
 FLAGS = {
     "pretrained_model_name_or_path": Flag(weights, "ROOT/pipe2", "--cache_dir OUT/cache"),
     "variant": Flag(weights, "fp16"),
@@ -248,6 +249,10 @@ FLAGS = {
     "logit_mean": Flag(timesteps, "-1", "--weighting_scheme logit_normal"),
     "logit_std": Flag(timesteps, "2", "--weighting_scheme logit_normal"),
     "mode_scale": Flag(timesteps, "0.5", "--weighting_scheme mode"),
+    "rollout_share": Flag(weights, "0.5"),
+    "rollout_guidance_scale": Flag(weights, "2", f"{ROLLOUT} --rollout_steps 4"),
+    "rollout_steps": Flag(weights, "3", f"{ROLLOUT} --max_train_steps 3"),
+    "rollout_stop": Flag(weights, "0.1", f"{ROLLOUT} --rollout_steps 4 --max_train_steps 3"),
     "learning_rate": Flag(rates, "1"),
     "layerwise_learning_rate": Flag(rates, "1", "--layerwise_steps 1"),
     "lr_scheduler": Flag(rates, "cosine"),

@@ -109,6 +109,7 @@ def test_killed_runs_resume_to_the_bit(folders: tuple[Path, Path], tmp_path: Pat
     print(f"seed {seed}")
     moments = random.Random(seed)
     options: dict[str, Any] = {"max_train_steps": 12, "checkpointing_steps": 1, "use_ema": True, "distance_steps": []}
+    options |= {"rollout_share": 0.5, "rollout_steps": 4}
     whole = start_child(arguments(*folders, tmp_path / "whole", **options))
     out, args = tmp_path / "killed", None
     for kill in sorted(moments.sample(range(2, 11), 3)):

@@ -105,6 +105,16 @@ class TrainingArguments:
     logit_std: float = _help("Standard deviation of logit_normal.", 1.0)
     mode_scale: float = _help("Scale of mode.", 1.29)
 
+    # On-policy states
+    rollout_share: float = _help(
+        "Share of the samples whose place is taken by states of the student's own guided sampling, one denoising step "
+        "for each training step (each asks for a prediction with its caption and one without).",
+        0.0,
+    )
+    rollout_guidance_scale: float = _help("Guidance of that sampling; 1 for none.", 5.0)
+    rollout_steps: int = _help("Denoising steps of that sampling.", 25)
+    rollout_stop: float = _help("Share of them, from noise, after which another picture is begun.", 1.0)
+
     # Optimizer
     learning_rate: float = _help("Peak learning rate.", 1e-4)
     layerwise_learning_rate: float | None = _help("Learning rate of the first stage. Default: --learning_rate.")
@@ -153,9 +163,10 @@ class TrainingArguments:
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
                      "validation_steps", "logging_steps", "cache_shard_size", "encode_batch_size", "bucket_step",
-                     "validation_inference_steps", "lr_num_cycles"):  # fmt: skip
+                     "validation_inference_steps", "lr_num_cycles", "rollout_steps"):  # fmt: skip
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "logit_std"):
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "logit_std", "rollout_stop",
+                     "rollout_guidance_scale"):  # fmt: skip
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -167,7 +178,15 @@ class TrainingArguments:
             "layerwise_learning_rate",
         ):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
-        self._check("proportion_empty_prompts", 0 <= self.proportion_empty_prompts <= 1, "from 0 to 1")
+        for name in ("proportion_empty_prompts", "rollout_share", "rollout_stop"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        if self.rollout_share and not self.output_loss_weight:
+            raise ValueError("--rollout_share needs --output_loss_weight above 0; no other loss is for these states.")
+        if self.rollout_share and not self.rollouts():
+            raise ValueError(
+                f"--rollout_share {self.rollout_share} of --train_batch_size {self.train_batch_size} is less than one "
+                "sample; raise either."
+            )
         self._check("max_aspect_ratio", self.max_aspect_ratio >= 1, "at least 1")
         if not self.noise_loss_weight + self.output_loss_weight + self.layer_loss_weight:
             raise ValueError("All loss weights are 0; give at least one of them a positive value.")
@@ -217,6 +236,8 @@ class TrainingArguments:
             (not self.noise_loss_weight, ("snr_gamma",), "--noise_loss_weight is 0"),
             (self.weighting_scheme != "logit_normal", ("logit_mean", "logit_std"),
              "use --weighting_scheme logit_normal"),
+            (not self.rollout_share, ("rollout_guidance_scale", "rollout_steps", "rollout_stop"),
+             "pass --rollout_share"),
             (self.weighting_scheme != "mode", ("mode_scale",), "use --weighting_scheme mode"),
         ):  # fmt: skip
             if idle and (flags := changed(*names)):
@@ -241,6 +262,10 @@ class TrainingArguments:
             min_side=self.min_side,
             init=self.init,
         )
+
+    def rollouts(self) -> int:
+        """Samples of a batch whose place is taken by states of the student's sampling."""
+        return round(self.rollout_share * self.train_batch_size)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapter import GSPN2Adapter
+from .rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Checkpoints:
         optimizer: prepared.
         ema: average of the adapter's parameters, or None.
         limit: how many checkpoints to keep, None for all.
+        rollout: each process saves its own trajectories.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Checkpoints:
         optimizer: Any,
         ema: EMAModel | None,
         limit: int | None,
+        rollout: Rollout | None = None,
     ) -> None:
-        self.folder, self.accelerator, self.limit = folder, accelerator, limit
+        self.folder, self.accelerator, self.limit, self.rollout = folder, accelerator, limit, rollout
         self.adapter, self.optimizer, self.ema = adapter, optimizer, ema
 
     def save(self, step: int) -> None:
@@ -74,6 +77,13 @@ class Checkpoints:
             # Each process writes its own shard of the optimizer.
             self.accelerator.save_state(str(partial / "deepspeed"))
             self.accelerator.wait_for_everyone()
+        if self.rollout is not None:
+            try:
+                partial.mkdir(parents=True, exist_ok=True)
+                save_file(self.rollout.state_dict(), partial / self._rollout_name())
+            except (OSError, SafetensorError) as error:
+                raise self._failure(step, partial, error) from error
+            self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             try:
                 partial.mkdir(parents=True, exist_ok=True)
@@ -86,17 +96,23 @@ class Checkpoints:
                 os.rename(partial, final)
                 _sync_folder(self.folder)
             except (OSError, SafetensorError) as error:
-                shutil.rmtree(partial, ignore_errors=True)
-                older = checkpoints(self.folder)
-                kept = f"{older[-1].name} is intact" if older else "no earlier one exists"
-                raise CheckpointError(
-                    f"Checkpoint {step} could not be written to {self.folder} ({error}); {kept}. "
-                    "Free some space and run again with --resume_from_checkpoint latest."
-                ) from error
+                raise self._failure(step, partial, error) from error
             if self.limit is not None:
                 for old in checkpoints(self.folder)[: -self.limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+    def _failure(self, step: int, partial: Path, error: Exception) -> CheckpointError:
+        shutil.rmtree(partial, ignore_errors=True)
+        older = checkpoints(self.folder)
+        kept = f"{older[-1].name} is intact" if older else "no earlier one exists"
+        return CheckpointError(
+            f"Checkpoint {step} could not be written to {self.folder} ({error}); {kept}. "
+            "Free some space and run again with --resume_from_checkpoint latest."
+        )
+
+    def _rollout_name(self) -> str:
+        return f"rollout-{self.accelerator.process_index}.safetensors"
 
     def _state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state: dict[str, Any] = {"step": step}
@@ -159,6 +175,11 @@ class Checkpoints:
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.rollout is not None:
+            if (path / self._rollout_name()).is_file():
+                self.rollout.load_state_dict(load_file(path / self._rollout_name()), self.accelerator.device)
+            else:
+                logger.warning("%s has no sampled states for this process; new ones are begun.", path)
         return state["step"]
 
 

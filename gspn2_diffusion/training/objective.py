@@ -62,18 +62,51 @@ class Objective:
         # Timesteps of flow matching are listed from noise to picture; a diffusion's are counted from the picture.
         return index if self.flow else self.steps - 1 - index
 
+    def timesteps(self, indices: Tensor) -> Tensor:
+        """(B,) timestep indices -> the denoiser's timesteps (B,)."""
+        if self.flow:
+            return self.scheduler.timesteps.to(indices.device)[indices] * self.timestep_scale
+        return indices
+
     def noised(self, latents: Tensor, noise: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents and noise (B, ...), timestep indices (B,) -> noisy latents, the denoiser's timestep (B,), target."""
+        timesteps = self.timesteps(indices.to(latents.device))
         if self.flow:
             sigmas = self.scheduler.sigmas.to(latents.device, latents.dtype)[indices.to(latents.device)]
             sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
-            timesteps = self.scheduler.timesteps.to(latents.device)[indices.to(latents.device)]
-            return (1 - sigmas) * latents + sigmas * noise, timesteps * self.timestep_scale, noise - latents
-        timesteps = indices.to(latents.device)
+            return (1 - sigmas) * latents + sigmas * noise, timesteps, noise - latents
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         if self.kind == "epsilon":
             return noisy, timesteps, noise
         return noisy, timesteps, self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def schedule(self, count: int) -> list[int]:
+        """Timestep indices of `count` denoising steps, from noise towards the picture, evenly spaced."""
+        ends = [round(place * self.steps / count) for place in range(count)]
+        return ends if self.flow else [self.steps - 1 - end for end in ends]
+
+    def move(self, noisy: Tensor, output: Tensor, indices: Tensor, following: Tensor) -> Tensor:
+        """Deterministic sampling from one noise level to another: DDIM (Song et al. 2021, eq. 12 with eta 0), or
+        Euler's step along the flow.
+
+        Args:
+            noisy, output: (B, ...) float32, the state and the prediction in it.
+            indices, following: (B,) timestep indices of the state and of the one to go to.
+        """
+
+        def levels(values: Tensor, at: Tensor) -> Tensor:
+            return values.to(noisy.device, noisy.dtype)[at.to(noisy.device)].view(-1, *[1] * (noisy.ndim - 1))
+
+        if self.flow:
+            sigma, target = (levels(self.scheduler.sigmas, at) for at in (indices, following))
+            return noisy + (target - sigma) * output
+        signal, target = (levels(self.scheduler.alphas_cumprod, at).sqrt() for at in (indices, following))
+        deviation = (1 - signal**2).sqrt()
+        if self.kind == "epsilon":
+            picture, noise = (noisy - deviation * output) / signal, output
+        else:
+            picture, noise = signal * noisy - deviation * output, deviation * noisy + signal * output
+        return target * picture + (1 - target**2).sqrt() * noise
 
     def weights(self, indices: Tensor) -> Tensor | None:
         """(B,) weights of the noise loss, or None for equal ones."""

@@ -99,7 +99,7 @@ def stack_strips(folder: Path) -> Image.Image | None:
 
 def _plot_run(lines: list[dict[str, Any]], path: Path) -> None:
     panels = [
-        ("loss", ["loss", "noise", "output", "layers"], True),
+        ("loss", ["loss", "noise", "output", "guided", "layers"], True),
         ("distance to the teacher", ["distance", "layer_distance"], True),
         ("learning rate", ["lr"], False),
         ("samples per second", ["samples_per_second"], False),

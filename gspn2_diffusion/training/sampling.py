@@ -122,11 +122,14 @@ class PlacedSamples(torch.utils.data.Dataset):
         conditions = {
             name: torch.stack([item["conditions"][name] for item in items]) for name in items[0]["conditions"]
         }
+        size = items[0]["size"]
         return {
             "latents": torch.stack([item["latents"] for item in items]),
             "noise": torch.stack([item["noise"] for item in items]),
             "indices": torch.tensor([item["index"] for item in items]),
-            "conditions": {**conditions, **self.data.shared.get(items[0]["size"], {})},
+            "conditions": {**conditions, **self.data.shared.get(size, {})},
+            "empty": self.data.empty[size],
+            "size": size,
         }
 
 
@@ -144,10 +147,13 @@ def loader(samples: PlacedSamples, sampler: StepSampler, workers: int) -> DataLo
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch's tensors on `device`."""
-    return {
-        key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
-        for key, value in batch.items()
-    }
+    moved: dict[str, Any] = {}
+    for key, value in batch.items():
+        if isinstance(value, dict):
+            moved[key] = to_device(value, device)
+        else:
+            moved[key] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+    return moved
 
 
 def held_out(data: EncodedDataset, count: int, seed: int) -> tuple[list[int], list[int]]:

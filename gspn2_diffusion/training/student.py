@@ -17,6 +17,7 @@ from ..patching import gspn2_disabled
 from ..patching.apply import patched_modules
 from .encode import SAMPLE_NAMES, unflatten
 from .objective import Objective
+from .rollout import Rollout, with_rows
 
 
 class _Recorder:
@@ -51,12 +52,21 @@ class StudentStep(nn.Module):
         objective: noising and targets.
         noise_weight, output_weight, layer_weight: weights of the losses against the true noise, the teacher's output
             and the teacher's attention outputs (mean over layers). A loss of weight 0 costs nothing.
+        rollout: states of the student's own sampling, which take the place of the first samples of a batch. There is no
+            true noise for them; the teacher's guided output joins the output loss, over the squared guidance scale.
     """
 
     def __init__(
-        self, denoiser: Any, objective: Objective, noise_weight: float, output_weight: float, layer_weight: float
+        self,
+        denoiser: Any,
+        objective: Objective,
+        noise_weight: float,
+        output_weight: float,
+        layer_weight: float,
+        rollout: Rollout | None = None,
     ) -> None:
         super().__init__()
+        self.rollout = rollout
         self.denoiser, self.objective = denoiser, objective
         self.noise_weight, self.output_weight, self.layer_weight = noise_weight, output_weight, layer_weight
         names = inspect.signature(type(denoiser).forward).parameters
@@ -72,6 +82,8 @@ class StudentStep(nn.Module):
         noise: Tensor,
         indices: Tensor,
         conditions: dict[str, Tensor],
+        empty: dict[str, Tensor] | None = None,
+        size: str = "",
         layerwise: bool = False,
         measure: bool = False,
     ) -> Any:
@@ -79,6 +91,7 @@ class StudentStep(nn.Module):
             latents, noise: (B, ...) float32.
             indices: (B,) timestep indices.
             conditions: the denoiser's other arguments, nested names joined by dots.
+            empty: those of the empty caption, of one sample; for a rollout, as is `size`, the pictures' size.
             layerwise: the first stage, in which each layer learns from the teacher's own input of it.
             measure: return `distance` instead; here, because FSDP gathers weights for this call only.
 
@@ -87,7 +100,14 @@ class StudentStep(nn.Module):
         """
         if measure:
             return self.distance(latents, noise, indices, conditions)
-        noisy, timesteps, target = self.objective.noised(latents, noise, indices)
+        rollout = None if layerwise else self.rollout
+        first = rollout.count if rollout is not None else 0
+        own = slice(0, len(latents) - first)
+        noisy, timesteps, target = self.objective.noised(latents[first:], noise[first:], indices[first:])
+        if rollout is not None:
+            states, at, rows = rollout.states(size, noise, conditions, empty or {})
+            noisy, timesteps = torch.cat((noisy, states)), torch.cat((timesteps, self.objective.timesteps(at)))
+            conditions = with_rows(conditions, rows, first)
         call = self.arguments(noisy, timesteps, conditions)
         if layerwise:
             with torch.no_grad(), gspn2_disabled(self.denoiser):
@@ -101,14 +121,19 @@ class StudentStep(nn.Module):
                 teacher_output, teacher = self._run(call, record=needs_layers)
         output, student = self._run(call, record=needs_layers)
         parts, loss = {}, latents.new_zeros((), dtype=torch.float32)
-        if self.noise_weight:
-            each = F.mse_loss(output.float(), target.float(), reduction="none").flatten(1).mean(1)
-            weights = self.objective.weights(indices)
+        if self.noise_weight and len(target):
+            each = F.mse_loss(output[own].float(), target.float(), reduction="none").flatten(1).mean(1)
+            weights = self.objective.weights(indices[first:])
             parts["noise"] = (each if weights is None else each * weights.to(each)).mean()
             loss = loss + self.noise_weight * parts["noise"]
         if self.output_weight:
             parts["output"] = F.mse_loss(output.float(), teacher_output.float())
             loss = loss + self.output_weight * parts["output"]
+        if rollout is not None:
+            guided = rollout.guided(output[own.stop :])
+            rollout.advance(size, guided.detach())
+            parts["guided"] = F.mse_loss(guided, rollout.guided(teacher_output[own.stop :])) / rollout.guidance_scale**2
+            loss = loss + self.output_weight * parts["guided"]
         if needs_layers:
             parts["layers"] = self._layer_loss({m: (student[m][2], teacher[m][2]) for m in teacher})
             loss = loss + self.layer_weight * parts["layers"]

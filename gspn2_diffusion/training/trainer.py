@@ -32,6 +32,7 @@ from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy
 from .encode import EncodedDataset, encode_dataset
 from .objective import Objective
 from .report import STEM, write_report
+from .rollout import Rollout
 from .sampling import BatchOrder, PlacedSamples, StepSampler, held_out, loader, to_device
 from .student import StudentStep
 
@@ -120,9 +121,12 @@ class _Run:
         denoiser.eval()
         self.adapter = self._layers(denoiser)
         self.objective = make_objective(pipe.scheduler, args, data.facts["timestep_scale"])
-        module = StudentStep(
-            denoiser, self.objective, args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight
-        )
+        rollout = None
+        if args.rollout_share:
+            how = (args.rollout_guidance_scale, args.rollout_steps, args.rollout_stop)
+            rollout = Rollout(self.objective, args.rollouts(), *how)
+        weights = (args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight)
+        module = StudentStep(denoiser, self.objective, *weights, rollout)
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         if not args.validation_prompts:
@@ -143,7 +147,7 @@ class _Run:
         self.student: StudentStep = accelerator.unwrap_model(self.module)
         self.ema = EMAModel(self.adapter.parameters(), decay=args.ema_decay) if args.use_ema else None
         self.checkpoints = Checkpoints(
-            folder, accelerator, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit
+            folder, accelerator, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit, rollout
         )
         self.trained, self.held_out = held_out(data, args.holdout_samples, args.seed)
         self.samples = PlacedSamples(data, self.objective, args.seed, args.proportion_empty_prompts)
