@@ -1,5 +1,6 @@
 """SceneEval against rendered truth: it must believe what was drawn, and nothing else."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,3 +120,12 @@ def test_writes_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert picture.size == (128, 128)
         assert line["text"] == scenes.training_scene(i, 0)[1]
         assert judge(picture, line["text"]).passed
+
+
+def test_the_mix_of_a_training_set_is_what_was_asked_for(tmp_path: Path) -> None:
+    found = [scenes.training_scene(i, 0, (0.0, 0.0, 1.0, 0.0))[0] for i in range(40)]
+    assert all(len(scene.groups) == 2 and scene.relation is None for scene in found)
+    script = Path(scenes.__file__)
+    command = [sys.executable, str(script), "--out", str(tmp_path), "--num", "2", "--mix", "1", "1", "0", "0"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "which sum to 2; pass four shares that sum to 1" in refused.stderr

@@ -255,7 +255,7 @@ def held_out_prompts(number: int = 600, seed: int = 1) -> list[dict[str, str]]:
     return [{"category": category, "prompt": prompt} for prompt, category in prompts.items()]
 
 
-def write_one(index: int, out: Path, seed: int, size: int, mix: Sequence[float]) -> dict:
+def write_one(index: int, out: Path, seed: int, size: int, mix: Sequence[float] = MIX) -> dict:
     scene, text = training_scene(index, seed, mix)
     name = f"{index // 1000:03d}/{index:06d}.png"
     Image.fromarray(render(scene, size, size)).save(out / name, compress_level=1)
