@@ -15,7 +15,7 @@ import torch
 
 from gspn2_diffusion.evaluation import CATEGORIES, EvalPrompt, judge, load_prompts
 from gspn2_diffusion.loading import GUIDANCE_SCALE, load_pipeline
-from gspn2_diffusion.patching.apply import PROCESSORS, patched_modules
+from gspn2_diffusion.patching.apply import patched_modules, switch
 from gspn2_diffusion.patching.families import find_model
 
 HARD = ("two_objects", "counting", "colour_attribution")
@@ -40,8 +40,7 @@ def let(modules: list[Any], chosen: set[int]) -> None:
     """The student's processors in the chosen attentions, the model's own in the others."""
     for number, (_, module, state) in enumerate(modules):
         if state.enabled != (number in chosen):
-            state.enabled = number in chosen
-            module.set_processor(PROCESSORS[state.kind]() if state.enabled else state.original[0])
+            switch(module, state, on=number in chosen)
 
 
 @torch.no_grad()

@@ -20,13 +20,9 @@ from gspn2_diffusion.patching.families import find_model
 from gspn2_diffusion.training.data import open_picture
 from gspn2_diffusion.training.encode import Conditioner, encode_pictures, pixels_of
 from gspn2_diffusion.training.objective import Objective
-from gspn2_diffusion.training.student import StudentStep
+from gspn2_diffusion.training.student import StudentStep, relative
 
 LEVELS = (0.999, 0.9, 0.8, 0.7, 0.6, 0.4, 0.2)
-
-
-def relative(student: torch.Tensor, teacher: torch.Tensor) -> float:
-    return float((student - teacher).square().sum() / teacher.square().sum())
 
 
 class Comparison:

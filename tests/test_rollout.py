@@ -50,9 +50,14 @@ def inputs(rows: int) -> dict[str, Any]:
         "noise": torch.randn(rows, 4, 8, 8, generator=generator),
         "indices": torch.arange(10, 10 + rows),
         "conditions": {"encoder_hidden_states": torch.randn(rows, *text.shape[1:], generator=generator)},
-        "empty": {"encoder_hidden_states": torch.randn(text.shape[1:], generator=generator)},
         "size": "16x16",
     }
+
+
+def empty() -> dict[str, dict[str, torch.Tensor]]:
+    shape = tiny_models.unet_inputs(8, 8)["encoder_hidden_states"].shape[1:]
+    text = {"encoder_hidden_states": torch.randn(shape, generator=torch.Generator().manual_seed(2))}
+    return {size: text for size in ("16x16", "a", "b")}
 
 
 def test_trajectories_are_the_students_sampling_and_the_loss_is_guided() -> None:
@@ -60,12 +65,12 @@ def test_trajectories_are_the_students_sampling_and_the_loss_is_guided() -> None
     apply_gspn2(unet)
     scheduler = ddim("epsilon")
     objective = Objective(scheduler)
-    rollout = Rollout(objective, 1, SCALE, STEPS)
+    rollout = Rollout(objective, empty(), 1, SCALE, STEPS)
     step = StudentStep(unet, objective, 0.0, 1.0, 0.0, rollout)
     given = inputs(2)
     scheduler.set_timesteps(STEPS)
     state, text = given["noise"][:1], given["conditions"]["encoder_hidden_states"][:1]
-    both = torch.cat((text, given["empty"]["encoder_hidden_states"][None]))
+    both = torch.cat((text, empty()["16x16"]["encoder_hidden_states"][None]))
 
     def answer(at: int) -> torch.Tensor:
         return unet(torch.cat((state, state)), at, both).sample
@@ -91,9 +96,9 @@ def test_trajectories_are_the_students_sampling_and_the_loss_is_guided() -> None
     later["noise"] = later["noise"] + 1
     with torch.no_grad():
         step(**later)
-    states, indices, rows = rollout.states("16x16", later["noise"], later["conditions"], later["empty"])
+    states, indices, rows = rollout.states("16x16", later["noise"], later["conditions"])
     assert indices.tolist() == [objective.schedule(STEPS)[1]] * 2 and states.shape[0] == 2
-    torch.testing.assert_close(rows["encoder_hidden_states"][1], later["empty"]["encoder_hidden_states"])
+    torch.testing.assert_close(rows["encoder_hidden_states"][1], empty()["16x16"]["encoder_hidden_states"])
 
 
 def test_the_samples_that_stay_are_trained_as_before() -> None:
@@ -101,7 +106,7 @@ def test_the_samples_that_stay_are_trained_as_before() -> None:
     apply_gspn2(unet)
     objective, given = Objective(ddim("epsilon")), inputs(3)
     with torch.no_grad():
-        _, parts = StudentStep(unet, objective, 1.0, 1.0, 0.0, Rollout(objective, 1, SCALE, STEPS))(**given)
+        _, parts = StudentStep(unet, objective, 1.0, 1.0, 0.0, Rollout(objective, empty(), 1, SCALE, STEPS))(**given)
         rest = {name: value[1:] for name, value in given.items() if name in ("latents", "noise", "indices")}
         text = {"encoder_hidden_states": given["conditions"]["encoder_hidden_states"][1:]}
         _, alone = StudentStep(unet, objective, 1.0, 1.0, 0.0)(**rest, conditions=text)
@@ -110,12 +115,12 @@ def test_the_samples_that_stay_are_trained_as_before() -> None:
 
 def test_noise_levels_spread_out_and_every_size_has_its_own() -> None:
     objective = Objective(ddim("epsilon"))
-    rollout = Rollout(objective, 6, 1.0, steps=10, stop=0.4)
+    rollout = Rollout(objective, empty(), 6, 1.0, steps=10, stop=0.4)
     given = inputs(6)
     seen = []
     for number in range(12):
         for size in ("a", "b") if number > 5 else ("a",):
-            states, indices, _ = rollout.states(size, given["noise"], given["conditions"], given["empty"])
+            states, indices, _ = rollout.states(size, given["noise"], given["conditions"])
             assert len(states) == 6  # no guidance: one prediction of each
             if size == "a":
                 seen.append(sorted(indices.tolist(), reverse=True))
@@ -128,8 +133,8 @@ def test_noise_levels_spread_out_and_every_size_has_its_own() -> None:
 
 def test_saved_trajectories_go_on_as_the_others() -> None:
     objective, given = Objective(ddim("v_prediction")), inputs(4)
-    first, second = (Rollout(objective, 4, SCALE, STEPS) for _ in range(2))
-    arguments = ("16x16", given["noise"], given["conditions"], given["empty"])
+    first, second = (Rollout(objective, empty(), 4, SCALE, STEPS) for _ in range(2))
+    arguments = ("16x16", given["noise"], given["conditions"])
     for _ in range(3):
         states, _, _ = first.states(*arguments)
         first.advance("16x16", first.guided(states * 0.1))

@@ -516,7 +516,7 @@ def device_limits(index: int) -> Device:
         )
     runtime = _import_cupy().cuda.runtime
     shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-    # No GPU has run the pipeline's checks to their end yet: only who asks for it gets it.
+    # The pipeline is not faster everywhere (docs/kernel.md): only who asks for it gets it.
     return Device(capability, properties.multi_processor_count, shared, os.environ.get("GSPN2_PIPELINE") == "1")
 
 

@@ -119,16 +119,20 @@ def gspn2_disabled(pipe_or_model: Any) -> Iterator[None]:
     """
     enabled = [(module, state) for _, module, state in patched_modules(find_model(pipe_or_model)) if state.enabled]
     for module, state in enabled:
-        state.enabled = False
-        module.set_processor(state.original[0])
+        switch(module, state, on=False)
     try:
         yield
     finally:
         for module, state in enabled:
             # The patch may have been removed inside the block.
             if vars(module).get(STATE) is state:
-                state.enabled = True
-                module.set_processor(PROCESSORS[state.kind]())
+                switch(module, state, on=True)
+
+
+def switch(module: Any, state: PatchState, on: bool) -> None:
+    """Lets a patched attention run as GSPN-2, or as what it was."""
+    state.enabled = on
+    module.set_processor(PROCESSORS[state.kind]() if on else state.original[0])
 
 
 def patched_modules(model: nn.Module) -> list[tuple[str, Any, PatchState]]:

@@ -7,8 +7,6 @@ one denoising step for each training step; in each state it learns what its teac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -24,6 +22,7 @@ class Rollout:
 
     Args:
         objective: of the model.
+        empty: for each size of pictures the conditions of the empty caption, without the dimension of the batch.
         count: trajectories.
         guidance_scale: w in "without + w (with - without caption)"; 1 asks for no prediction without caption.
         steps: denoising steps of a whole sampling.
@@ -31,9 +30,15 @@ class Rollout:
     """
 
     def __init__(
-        self, objective: Objective, count: int, guidance_scale: float = 5.0, steps: int = 25, stop: float = 1.0
+        self,
+        objective: Objective,
+        empty: dict[str, dict[str, Tensor]],
+        count: int,
+        guidance_scale: float = 5.0,
+        steps: int = 25,
+        stop: float = 1.0,
     ) -> None:
-        self.objective, self.count, self.guidance_scale = objective, count, guidance_scale
+        self.objective, self.empty, self.count, self.guidance_scale = objective, dict(empty), count, guidance_scale
         self.indices = torch.tensor(objective.schedule(steps))
         self.followed = max(1, round(stop * steps))
         self.sizes: dict[str, dict[str, Tensor]] = {}
@@ -44,18 +49,19 @@ class Rollout:
         return 1 if self.guidance_scale == 1 else 2
 
     def states(
-        self, size: str, noise: Tensor, conditions: dict[str, Tensor], empty: dict[str, Tensor]
+        self, size: str, noise: Tensor, conditions: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What the denoiser is to be asked, after trajectories that have ended began anew.
 
         Args:
             size: of the pictures; each has trajectories of its own.
             noise: (count or more, ...), conditions: the same many rows: of the samples to begin with.
-            empty: the same conditions of the empty caption, without the dimension of the batch.
 
         Returns:
             Noisy latents, timestep indices and conditions of predictions * count rows, those with captions first.
         """
+        # Moved once: they stay where the states are.
+        empty = self.empty[size] = {name: value.to(noise.device) for name, value in self.empty[size].items()}
         fresh = {"state": noise.float(), **{f"conditions.{name}": conditions[name] for name in empty}}
         fresh = {name: value[: self.count].clone() for name, value in fresh.items()}
         place = torch.zeros(self.count, dtype=torch.long, device=noise.device)
@@ -103,6 +109,3 @@ def with_rows(own: dict[str, Tensor], rows: dict[str, Tensor], first: int) -> di
     return {
         name: torch.cat((value[first:], rows[name].to(value))) if name in rows else value for name, value in own.items()
     }
-
-
-__all__: Sequence[str] = ["Rollout", "with_rows"]

@@ -128,7 +128,6 @@ class PlacedSamples(torch.utils.data.Dataset):
             "noise": torch.stack([item["noise"] for item in items]),
             "indices": torch.tensor([item["index"] for item in items]),
             "conditions": {**conditions, **self.data.shared.get(size, {})},
-            "empty": self.data.empty[size],
             "size": size,
         }
 

@@ -82,7 +82,6 @@ class StudentStep(nn.Module):
         noise: Tensor,
         indices: Tensor,
         conditions: dict[str, Tensor],
-        empty: dict[str, Tensor] | None = None,
         size: str = "",
         layerwise: bool = False,
         measure: bool = False,
@@ -91,7 +90,7 @@ class StudentStep(nn.Module):
             latents, noise: (B, ...) float32.
             indices: (B,) timestep indices.
             conditions: the denoiser's other arguments, nested names joined by dots.
-            empty: those of the empty caption, of one sample; for a rollout, as is `size`, the pictures' size.
+            size: of the pictures; for a rollout.
             layerwise: the first stage, in which each layer learns from the teacher's own input of it.
             measure: return `distance` instead; here, because FSDP gathers weights for this call only.
 
@@ -102,10 +101,10 @@ class StudentStep(nn.Module):
             return self.distance(latents, noise, indices, conditions)
         rollout = None if layerwise else self.rollout
         first = rollout.count if rollout is not None else 0
-        own = slice(0, len(latents) - first)
+        kept = len(latents) - first
         noisy, timesteps, target = self.objective.noised(latents[first:], noise[first:], indices[first:])
         if rollout is not None:
-            states, at, rows = rollout.states(size, noise, conditions, empty or {})
+            states, at, rows = rollout.states(size, noise, conditions)
             noisy, timesteps = torch.cat((noisy, states)), torch.cat((timesteps, self.objective.timesteps(at)))
             conditions = with_rows(conditions, rows, first)
         call = self.arguments(noisy, timesteps, conditions)
@@ -122,7 +121,7 @@ class StudentStep(nn.Module):
         output, student = self._run(call, record=needs_layers)
         parts, loss = {}, latents.new_zeros((), dtype=torch.float32)
         if self.noise_weight and len(target):
-            each = F.mse_loss(output[own].float(), target.float(), reduction="none").flatten(1).mean(1)
+            each = F.mse_loss(output[:kept].float(), target.float(), reduction="none").flatten(1).mean(1)
             weights = self.objective.weights(indices[first:])
             parts["noise"] = (each if weights is None else each * weights.to(each)).mean()
             loss = loss + self.noise_weight * parts["noise"]
@@ -130,9 +129,9 @@ class StudentStep(nn.Module):
             parts["output"] = F.mse_loss(output.float(), teacher_output.float())
             loss = loss + self.output_weight * parts["output"]
         if rollout is not None:
-            guided = rollout.guided(output[own.stop :])
+            guided = rollout.guided(output[kept:])
             rollout.advance(size, guided.detach())
-            parts["guided"] = F.mse_loss(guided, rollout.guided(teacher_output[own.stop :])) / rollout.guidance_scale**2
+            parts["guided"] = F.mse_loss(guided, rollout.guided(teacher_output[kept:])) / rollout.guidance_scale**2
             loss = loss + self.output_weight * parts["guided"]
         if needs_layers:
             parts["layers"] = self._layer_loss({m: (student[m][2], teacher[m][2]) for m in teacher})
@@ -150,8 +149,8 @@ class StudentStep(nn.Module):
         with gspn2_disabled(self.denoiser):
             teacher_output, teacher = self._run(call, record=True)
         output, student = self._run(call, record=True)
-        layers = [_relative(_first(student[m][2]), _first(teacher[m][2])) for m in teacher]
-        return _relative(output, teacher_output), sum(layers) / len(layers)
+        layers = [relative(_first(student[m][2]), _first(teacher[m][2])) for m in teacher]
+        return relative(output, teacher_output), sum(layers) / len(layers)
 
     def arguments(self, noisy: Tensor, timesteps: Tensor, conditions: dict[str, Tensor]) -> dict[str, Any]:
         """The denoiser's keyword arguments, floats in its own type."""
@@ -189,5 +188,6 @@ def _first(output: Any) -> Tensor:
     return _tensors(output)[0]
 
 
-def _relative(student: Tensor, teacher: Tensor) -> float:
+def relative(student: Tensor, teacher: Tensor) -> float:
+    """Squared difference over the teacher's squared size."""
     return float((student.float() - teacher.float()).square().sum() / teacher.float().square().sum())

@@ -124,7 +124,7 @@ class _Run:
         rollout = None
         if args.rollout_share:
             how = (args.rollout_guidance_scale, args.rollout_steps, args.rollout_stop)
-            rollout = Rollout(self.objective, args.rollouts(), *how)
+            rollout = Rollout(self.objective, data.empty, args.rollouts(), *how)
         weights = (args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight)
         module = StudentStep(denoiser, self.objective, *weights, rollout)
         if args.gradient_checkpointing:
