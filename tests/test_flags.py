@@ -18,6 +18,7 @@ from gspn2_diffusion.training import TextToImageArguments, TrainingArguments, pa
 from gspn2_diffusion.training.arguments import make_parser
 from gspn2_diffusion.training.data import Rows
 from gspn2_diffusion.training.encode import target_sizes
+from gspn2_diffusion.training.report import write_report
 from gspn2_diffusion.training.trainer import learning_rates, make_objective
 
 from . import tiny_models
@@ -355,3 +356,8 @@ def test_options_of_layers_reach_the_adapter(root: Path, tmp_path: Path) -> None
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     expected = args.operator_config().to_dict()
     assert {name: config["operator"][name] for name in expected} == expected
+    write_report(tmp_path / "out")
+    assert "\ngroups: 2" in (tmp_path / "out" / "report.md").read_text()
+    train(made(root, tmp_path / "next", f"--adapter {tmp_path / 'out'}"))
+    write_report(tmp_path / "next")
+    assert "\ngroups" not in (tmp_path / "next" / "report.md").read_text(), "the adapter's own, not the default"

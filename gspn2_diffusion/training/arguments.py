@@ -15,6 +15,21 @@ from transformers import HfArgumentParser
 from ..layers import GSPN2Config
 from ..loading import SHIPPED
 
+# What new layers are made of; an adapter has its own.
+LAYER_OPTIONS = (
+    "init",
+    "proxy_dim",
+    "gates",
+    "groups",
+    "normalizer",
+    "merge",
+    "segment",
+    "decay",
+    "layers",
+    "min_side",
+    "control",
+)
+
 
 def _help(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
@@ -204,22 +219,9 @@ class TrainingArguments:
         def changed(*names: str) -> list[str]:
             return [f"--{name}" for name in names if getattr(self, name) != defaults[name]]
 
-        layer_options = (
-            "init",
-            "proxy_dim",
-            "gates",
-            "groups",
-            "normalizer",
-            "merge",
-            "segment",
-            "decay",
-            "layers",
-            "min_side",
-            "control",
-        )
         for idle, names, remedy in (
             (self._is_folder(), ("revision",), "the model is a folder, not on the hub"),
-            (self.adapter is not None, layer_options, "--adapter brings its own options"),
+            (self.adapter is not None, LAYER_OPTIONS, "--adapter brings its own options"),
             (self.control is not None, ("segment",), "--control none sets the segment"),
             (self.dataset_name is None, ("dataset_config_name", "dataset_split", "data_files", "image_column"),
              "only --dataset_name reads it"),

@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from .arguments import LAYER_OPTIONS
+
 logger = logging.getLogger(__name__)
 
 STEM = "step-"
@@ -76,8 +78,9 @@ def write_report(folder: Path) -> Path:
             "![validation pictures](validation.png)",
             "",
         ]
-    changed = "\n".join(f"{key}: {json.dumps(value)}" for key, value in options.items() if value is not None)
-    text += ["Options:", "", "```yaml", changed, "```", ""]
+    idle = () if options.get("adapter") is None else LAYER_OPTIONS
+    shown = (f"{key}: {json.dumps(value)}" for key, value in options.items() if value is not None and key not in idle)
+    text += ["Options:", "", "```yaml", *shown, "```", ""]
     path = folder / "report.md"
     path.write_text("\n".join(text))
     return path
