@@ -250,6 +250,7 @@ FLAGS = {
     "logit_mean": Flag(timesteps, "-1", "--weighting_scheme logit_normal"),
     "logit_std": Flag(timesteps, "2", "--weighting_scheme logit_normal"),
     "mode_scale": Flag(timesteps, "0.5", "--weighting_scheme mode"),
+    "guided_loss_weight": Flag(weights, "9", ROLLOUT),
     "rollout_share": Flag(weights, "0.5"),
     "rollout_guidance_scale": Flag(weights, "2", f"{ROLLOUT} --rollout_steps 4"),
     "rollout_steps": Flag(weights, "3", f"{ROLLOUT} --max_train_steps 3"),

@@ -66,7 +66,7 @@ def test_trajectories_are_the_students_sampling_and_the_loss_is_guided() -> None
     scheduler = ddim("epsilon")
     objective = Objective(scheduler)
     rollout = Rollout(objective, empty(), 1, SCALE, STEPS)
-    step = StudentStep(unet, objective, 0.0, 1.0, 0.0, rollout)
+    step = StudentStep(unet, objective, 0.0, 0.5, 0.0, rollout, guided_weight=3.0)
     given = inputs(2)
     scheduler.set_timesteps(STEPS)
     state, text = given["noise"][:1], given["conditions"]["encoder_hidden_states"][:1]
@@ -89,7 +89,7 @@ def test_trajectories_are_the_students_sampling_and_the_loss_is_guided() -> None
             rollout.sizes["16x16"] |= {"left": torch.full((1,), STEPS - 1)}
         expected = (guided(student) - guided(teacher)).square().mean() / SCALE**2
         torch.testing.assert_close(parts["guided"], expected, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(loss, parts["output"] + parts["guided"])
+        torch.testing.assert_close(loss, 0.5 * parts["output"] + 3 * parts["guided"])
         state = scheduler.step(guided(student), at, state).prev_sample
     # All steps are taken: the next one begins with this batch's noise and caption.
     later = inputs(2)

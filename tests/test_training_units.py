@@ -52,7 +52,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--proportion_empty_prompts", "2"], "from 0 to 1"),
         (["--rollout_share", "1.5"], "--rollout_share is 1.5; it must be from 0 to 1"),
         (["--rollout_share", "0.01"], "--rollout_share 0.01 of --train_batch_size 16 is less than one sample"),
-        (["--rollout_share", "0.5", "--output_loss_weight", "0"], "--rollout_share needs --output_loss_weight"),
+        (
+            ["--rollout_share", "0.5", "--output_loss_weight", "0", "--guided_loss_weight", "0"],
+            "--rollout_share needs --output_loss_weight or",
+        ),
         (["--rollout_stop", "0.5"], "--rollout_stop would have no effect: pass --rollout_share"),
     ],
 )

@@ -121,6 +121,9 @@ class TrainingArguments:
     mode_scale: float = _help("Scale of mode.", 1.29)
 
     # On-policy states
+    guided_loss_weight: float = _help(
+        "Weight of the loss against the teacher's guided output, over the squared guidance scale, in these states.", 1.0
+    )
     rollout_share: float = _help(
         "Share of the samples whose place is taken by states of the student's own guided sampling, one denoising step "
         "for each training step (each asks for a prediction with its caption and one without).",
@@ -173,8 +176,9 @@ class TrainingArguments:
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("Pass exactly one of --train_data_dir and --dataset_name.")
         self._refuse_idle_flags()
-        for name in ("noise_loss_weight", "output_loss_weight", "layer_loss_weight", "layerwise_steps",
-                     "lr_warmup_steps", "holdout_samples", "adam_weight_decay", "dataloader_num_workers"):  # fmt: skip
+        for name in ("noise_loss_weight", "output_loss_weight", "layer_loss_weight", "guided_loss_weight",
+                     "layerwise_steps", "lr_warmup_steps", "holdout_samples", "adam_weight_decay",
+                     "dataloader_num_workers"):  # fmt: skip
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps",
                      "validation_steps", "logging_steps", "cache_shard_size", "encode_batch_size", "bucket_step",
@@ -195,8 +199,11 @@ class TrainingArguments:
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
         for name in ("proportion_empty_prompts", "rollout_share", "rollout_stop"):
             self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        if self.rollout_share and not self.output_loss_weight:
-            raise ValueError("--rollout_share needs --output_loss_weight above 0; no other loss is for these states.")
+        if self.rollout_share and not self.output_loss_weight + self.guided_loss_weight:
+            raise ValueError(
+                "--rollout_share needs --output_loss_weight or --guided_loss_weight above 0; no other loss is for "
+                "these states."
+            )
         if self.rollout_share and not self.rollouts():
             raise ValueError(
                 f"--rollout_share {self.rollout_share} of --train_batch_size {self.train_batch_size} is less than one "
@@ -238,8 +245,8 @@ class TrainingArguments:
             (not self.noise_loss_weight, ("snr_gamma",), "--noise_loss_weight is 0"),
             (self.weighting_scheme != "logit_normal", ("logit_mean", "logit_std"),
              "use --weighting_scheme logit_normal"),
-            (not self.rollout_share, ("rollout_guidance_scale", "rollout_steps", "rollout_stop"),
-             "pass --rollout_share"),
+            (not self.rollout_share,
+             ("rollout_guidance_scale", "rollout_steps", "rollout_stop", "guided_loss_weight"), "pass --rollout_share"),
             (self.weighting_scheme != "mode", ("mode_scale",), "use --weighting_scheme mode"),
         ):  # fmt: skip
             if idle and (flags := changed(*names)):

@@ -53,7 +53,8 @@ class StudentStep(nn.Module):
         noise_weight, output_weight, layer_weight: weights of the losses against the true noise, the teacher's output
             and the teacher's attention outputs (mean over layers). A loss of weight 0 costs nothing.
         rollout: states of the student's own sampling, which take the place of the first samples of a batch. There is no
-            true noise for them; the teacher's guided output joins the output loss, over the squared guidance scale.
+            true noise for them, but the teacher's guided output.
+        guided_weight: weight of the loss against that output, over the squared guidance scale.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class StudentStep(nn.Module):
         output_weight: float,
         layer_weight: float,
         rollout: Rollout | None = None,
+        guided_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.rollout = rollout
+        self.rollout, self.guided_weight = rollout, guided_weight
         self.denoiser, self.objective = denoiser, objective
         self.noise_weight, self.output_weight, self.layer_weight = noise_weight, output_weight, layer_weight
         names = inspect.signature(type(denoiser).forward).parameters
@@ -115,7 +117,7 @@ class StudentStep(nn.Module):
             return loss, {"layers": loss.detach()}
 
         needs_layers = self.layer_weight > 0
-        if needs_layers or self.output_weight:
+        if needs_layers or self.output_weight or rollout is not None:
             with torch.no_grad(), gspn2_disabled(self.denoiser):
                 teacher_output, teacher = self._run(call, record=needs_layers)
         output, student = self._run(call, record=needs_layers)
@@ -132,7 +134,7 @@ class StudentStep(nn.Module):
             guided = rollout.guided(output[kept:])
             rollout.advance(size, guided.detach())
             parts["guided"] = F.mse_loss(guided, rollout.guided(teacher_output[kept:])) / rollout.guidance_scale**2
-            loss = loss + self.output_weight * parts["guided"]
+            loss = loss + self.guided_weight * parts["guided"]
         if needs_layers:
             parts["layers"] = self._layer_loss({m: (student[m][2], teacher[m][2]) for m in teacher})
             loss = loss + self.layer_weight * parts["layers"]

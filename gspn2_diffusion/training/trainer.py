@@ -126,7 +126,7 @@ class _Run:
             how = (args.rollout_guidance_scale, args.rollout_steps, args.rollout_stop)
             rollout = Rollout(self.objective, data.empty, args.rollouts(), *how)
         weights = (args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight)
-        module = StudentStep(denoiser, self.objective, *weights, rollout)
+        module = StudentStep(denoiser, self.objective, *weights, rollout, args.guided_loss_weight)
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         if not args.validation_prompts:
