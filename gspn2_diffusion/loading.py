@@ -19,7 +19,7 @@ from .patching import apply_gspn2
 SHIPPED = "tiny-scenes"
 ATTENTION = "none"
 GUIDANCE_SCALE = 4.0
-"""Classifier-free guidance that the shipped model is scored with; with more, its student sometimes loses its way."""
+"""Classifier-free guidance that the shipped model is scored with, and its student trained with."""
 # diffusers renamed the argument; the old name warns in the new version, the new one is unknown to the old.
 DTYPE_KEY = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
