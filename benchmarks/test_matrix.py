@@ -57,7 +57,7 @@ NEIGHBOURS = {
     ),
     "LoRA, loaded before or after": ("TestLora",),
     "IP-Adapter of UNets, loaded before or after": ("test_ip_adapter_in_either_order",),
-    "IP-Adapter inside joint attention (SD3, Flux)": ("test_ip_adapter_inside_joint_attention_is_refused",),
+    "IP-Adapter inside joint attention (SD3, Flux.1, Chroma), loaded before or after": ("test_ip_adapters.py",),
     "perturbed-attention guidance": ("test_perturbed_attention_guidance_keeps_its_own", "test_pag_pipeline"),
     "`set_attn_processor`, attention slicing, `fuse_qkv_projections`": ("test_are_noticed_and_put_back",),
     "sequential and group CPU offload, before or after": ("TestOffloading",),
@@ -72,7 +72,7 @@ NEIGHBOURS = {
     "context parallelism": ("test_context_parallelism_is_refused",),
 }
 """What else touches a model -> the tests of it, by parts of their names."""
-FILES = ("families", "neighbours", "patching", "parallel")
+FILES = ("families", "neighbours", "ip_adapters", "patching", "parallel")
 
 
 class Collector:
@@ -123,8 +123,8 @@ def neighbours(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Neighbours",
         "",
-        "What else touches a model, tested on tiny real ones (`tests/test_neighbours.py`, `test_patching.py`, "
-        "`test_parallel.py`). A dash: this diffusers does not have it, or the library was not there.",
+        "What else touches a model, tested on tiny real ones (`tests/test_neighbours.py`, `test_ip_adapters.py`, "
+        "`test_patching.py`, `test_parallel.py`). A dash: this diffusers does not have it, or the library was not there.",
         "",
         "| neighbour | outcome | " + " | ".join(f"diffusers {version}" for version in versions) + " |",
         "|" + "---|" * (len(versions) + 2),
@@ -184,8 +184,10 @@ stay the model's own, so the cost is linear in the number of image tokens and th
 
 - `DiTTransformer2DModel` itself takes square maps only, `UNet2DModel` itself only sides that its levels can halve.
 - Group offloading of diffusers 0.35 needs an accelerator; without one only sequential offloading is tested there.
-- Flux' IP-Adapter and SD3's work inside the joint attentions that are replaced: they are refused, with the way out in
-  the message. IP-Adapters of Stable Diffusion and SDXL work.
+- The IP-Adapter of Flux.1 and Chroma adds its term as diffusers defines it, linear in the image. SD3's reads the image
+  and the prompt by one softmax; the image part is exact up to 32 x 32 tokens (512 px) and beyond that reads means over
+  32 x 32 cells, to stay linear. What the means change in pictures of a trained model has not been measured. Other
+  IP-Adapters inside joint attention are refused, with the way out in the message.
 - Chroma builds its attention mask for all pairs of tokens before it calls the attention; with a mask, memory stays
   quadratic in the image.
 - Flux, Chroma and Flux.2 learn the map's sides from `img_ids`, which waits for the device once for each tensor. The

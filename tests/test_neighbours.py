@@ -211,35 +211,6 @@ def test_ip_adapter_in_either_order(unet):
     assert torch.equal(first, second) and in_place(unet) and in_place(other)
 
 
-def sd3_ip_adapter():
-    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
-
-    return SD3IPAdapterJointAttnProcessor2_0(16, 16, 2)
-
-
-def flux_ip_adapter():
-    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-
-    return FluxIPAdapterAttnProcessor(16, 16)
-
-
-@pytest.mark.parametrize("name, processor", [("SD3", sd3_ip_adapter), ("Flux", flux_ip_adapter)], ids=["sd3", "flux"])
-def test_ip_adapter_inside_joint_attention_is_refused(name, processor):
-    case = CASES[f"{name}Transformer2DModel"]
-    model = case.build()
-    attention = model.transformer_blocks[-1].attn
-    plain = attention.processor
-    attention.set_processor(processor())
-    with pytest.raises(ValueError, match="unload_ip_adapter"):
-        apply_gspn2(model)
-    assert not patched_modules(model)
-    attention.set_processor(plain)
-    apply_gspn2(model)
-    attention.set_processor(processor())
-    with pytest.raises(ValueError, match="unload_ip_adapter"):
-        call(model, case.inputs(3, 5))
-
-
 def sequential(model):
     cpu_offload(model, torch.device("cpu"))
 

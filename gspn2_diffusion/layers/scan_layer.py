@@ -85,6 +85,7 @@ class GSPN2Layer(nn.Module):
         *,
         segments: Sequence[tuple[int, int]] = (),
         text: Tensor | None = None,
+        added: Tensor | None = None,
     ) -> Tensor:
         """Mixes the tokens of a map.
 
@@ -95,6 +96,7 @@ class GSPN2Layer(nn.Module):
                 scanned as one canvas of height x width, side by side and aligned at the top (`canvas_sides`), so that
                 a reference reaches the image along their common rows. Empty places pass the state on and add nothing.
             text: (B, N, heads, head width), what each token read from the text, to be added with its share.
+            added: (B, N, out_channels), added as it is (what an IP-Adapter read from its image).
 
         Returns:
             (B, N, out_channels), to be passed to the attention's output projection.
@@ -106,7 +108,7 @@ class GSPN2Layer(nn.Module):
             mixed = self.scan_out(scanned * self._scales(height, width, scanned))
         if text is not None and self.text_share is not None:
             mixed = mixed + (text * self.text_share.sigmoid()[:, None]).flatten(-2)
-        return mixed
+        return mixed if added is None else mixed + added
 
     def scan(self, hidden_states: Tensor, height: int, width: int, segments: Sequence[tuple[int, int]] = ()) -> Tensor:
         """(B, N, C) -> (B, N, K * D), or (B, N, D) with merge "sum": the part before `scan_out`."""

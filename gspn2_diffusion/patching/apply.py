@@ -17,16 +17,16 @@ from ..layers import GSPN2Config, random_init, teacher_init
 from .families import Family, Site, family_of, find_model
 from .fuse import unfuse_gspn2
 from .grid import BlockHook, GridRecord, ScopeHook, remove_hooks
+from .ip_adapters import put_on, refuse_ip_adapter, take_off
 from .neighbours import (
     BaseModelSaver,
     GuardHook,
     layer_dtype,
     offloading_lifted,
-    refuse_ip_adapter,
     refuse_parallelism,
     tell_of_lora,
 )
-from .processors import LAYER, PROCESSORS, STATE, PatchState
+from .processors import LAYER, STATE, PatchState
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def remove_gspn2(pipe_or_model: Any) -> None:
     unfuse_gspn2(model)
     with offloading_lifted(model):
         for _, module, state in patched:
-            module.set_processor(state.original[0])
+            take_off(module, state)
             delattr(module, LAYER)
             delattr(module, STATE)
         remove_hooks(model)
@@ -132,7 +132,7 @@ def gspn2_disabled(pipe_or_model: Any) -> Iterator[None]:
 def switch(module: Any, state: PatchState, on: bool) -> None:
     """Lets a patched attention run as GSPN-2, or as what it was."""
     state.enabled = on
-    module.set_processor(PROCESSORS[state.kind]() if on else state.original[0])
+    (put_on if on else take_off)(module, state)
 
 
 def patched_modules(model: nn.Module) -> list[tuple[str, Any, PatchState]]:
@@ -235,8 +235,9 @@ def _attach(model: nn.Module, family: Family, sites: list[Site], adapter: GSPN2A
             layer.train(attention.training)
             layer.stays_out_of_parts(site.name)
             attention.add_module(LAYER, layer)
-            object.__setattr__(attention, STATE, PatchState(site.name, (attention.processor,), record, site.kind))
-            attention.set_processor(PROCESSORS[site.kind]())
+            state = PatchState(site.name, (attention.processor,), record, site.kind)
+            object.__setattr__(attention, STATE, state)
+            put_on(attention, state)
             attentions.append(attention)
         guard = GuardHook(attentions)
         guard.told_of_lora = tell_of_lora(attentions)

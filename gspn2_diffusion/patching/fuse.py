@@ -21,8 +21,8 @@ def fuse_gspn2(pipe_or_model: Any) -> int:
 
     No parameter, buffer or state_dict key changes. The product of the two weights is kept for each size of map and made
     again when either weight changes. A layer runs unfused by itself, in that call, where folding would be wrong: with
-    gradients, under `torch.compile`, while `to_out[0]` is wrapped (LoRA) or hooked, and in joint attention, where text
-    is added between the two. Results agree within rounding.
+    gradients, under `torch.compile`, while `to_out[0]` is wrapped (LoRA) or hooked, and in joint attention or with an
+    IP-Adapter, where something is added between the two. Results agree within rounding.
 
     Returns:
         The number of layers that will fold.
@@ -105,6 +105,7 @@ class _Fold:
             and linear.weight.device == scan_out.weight.device == hidden_states.device
             and hidden_states.device.type != "meta"
             and options.get("text") is None
+            and options.get("added") is None
             and len(options.get("segments") or ()) <= 1
         )
 

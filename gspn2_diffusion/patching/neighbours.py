@@ -1,5 +1,5 @@
-"""What apply and remove do about the other tools that touch the same model: offloading, LoRA, IP-Adapter, calls that
-replace processors, saving, parallelism."""
+"""What apply and remove do about the other tools that touch the same model: offloading, LoRA, calls that replace
+processors, saving, parallelism."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from torch import nn
 
 from .grid import PatchHook
-from .processors import LAYER, PROCESSORS, STATE, PatchState
+from .ip_adapters import put_on, refuse_ip_adapter, runs_gspn2
+from .processors import LAYER, STATE, PatchState
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ class GuardHook(PatchHook):
     """On the model: notices at each call whether something took our processors off, and puts them back.
 
     `set_attn_processor`, attention slicing, xFormers and `fuse_qkv_projections` replace every processor of a model
-    without a word; a model of which half is patched would make silently wrong pictures.
+    without a word; a model of which half is patched would make silently wrong pictures. An IP-Adapter that was loaded
+    or unloaded is followed.
     """
 
     def __init__(self, attentions: list[Any]) -> None:
@@ -37,16 +39,15 @@ class GuardHook(PatchHook):
             state: PatchState = getattr(attention, STATE)
             if not state.enabled:
                 return
-            ours = PROCESSORS[state.kind]
-            if type(attention.processor) is ours:
+            if runs_gspn2(attention, state):
                 continue
             name = type(attention.processor).__name__
             # Perturbed-attention guidance puts its processors on for one call and then ours back.
             if name.startswith("PAG"):
                 continue
             refuse_ip_adapter(state.kind, attention.processor)
-            attention.set_processor(ours())
-            replaced[name] = replaced.get(name, 0) + 1
+            if not put_on(attention, state):
+                replaced[name] = replaced.get(name, 0) + 1
         if replaced:
             found = ", ".join(f"{count} x {name}" for name, count in replaced.items())
             logger.warning(
@@ -91,18 +92,6 @@ def refuse_parallelism(model: nn.Module) -> None:
         raise ValueError(
             "Context parallelism splits the tokens of a map over devices, which the line scan cannot follow; load the "
             "model without it, or remove_gspn2."
-        )
-
-
-def refuse_ip_adapter(kind: str, processor: Any) -> None:
-    """
-    Raises:
-        ValueError: the processor adds an image prompt inside a joint attention.
-    """
-    if kind != "self" and "IPAdapter" in type(processor).__name__:
-        raise ValueError(
-            "The IP-Adapter of this model works inside the joint attentions that GSPN-2 replaces; unload_ip_adapter() "
-            "or remove_gspn2."
         )
 
 

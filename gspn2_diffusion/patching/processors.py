@@ -55,6 +55,7 @@ class GSPN2SelfAttnProcessor:
         key_rotary_emb: Any = None,
         base_sequence_length: int | None = None,
         *args: Any,
+        added: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         residual = hidden_states
@@ -71,7 +72,7 @@ class GSPN2SelfAttnProcessor:
             layout = Layout(((map_shape[2], map_shape[3]),))
         else:
             layout = state.record.read(hidden_states.shape[1], state.name)
-        hidden_states = _scan(attn, hidden_states, layout)
+        hidden_states = _scan(attn, hidden_states, layout, added=added)
         if isinstance(attn.to_out, nn.Identity):  # Lumina-Next projects the heads later
             return hidden_states.unflatten(-1, (attn.heads, -1))
         for module in attn.to_out:
@@ -101,13 +102,14 @@ class GSPN2JointAttnProcessor:
         image_rotary_emb: Any = None,
         encoder_hidden_states_mask: Tensor | None = None,
         *args: Any,
+        added: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         state: PatchState = getattr(attn, STATE)
         layout = state.record.read(hidden_states.shape[1], state.name)
         text, image = self.project(attn, encoder_hidden_states, hidden_states, image_rotary_emb)
         for_text, for_image = self.masks(attention_mask, encoder_hidden_states_mask, text[0], image[0])
-        image_out = _scan(attn, hidden_states, layout, _read_text(text, image, for_image))
+        image_out = _scan(attn, hidden_states, layout, _read_text(text, image, for_image), added)
         # Nothing reads the text behind the last block.
         pre_only = getattr(attn, "context_pre_only", None)
         text_out = encoder_hidden_states if pre_only else _text_rows(text, image, for_text)
@@ -216,10 +218,10 @@ class GSPN2FusedSingleAttnProcessor:
         return attn.to_out(torch.cat([hidden_states, attn.mlp_act_fn(features)], dim=-1))
 
 
-def _scan(attn: Any, tokens: Tensor, layout: Layout, text: Tensor | None = None) -> Tensor:
-    """The attention's GSPN-2 layer on image tokens (B, N, C), with what they read from the text."""
+def _scan(attn: Any, tokens: Tensor, layout: Layout, text: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    """The attention's GSPN-2 layer on image tokens (B, N, C), with what they read from the text and elsewhere."""
     height, width = canvas_sides(layout.segments)
-    return getattr(attn, LAYER)(tokens, height, width, segments=layout.segments, text=text)
+    return getattr(attn, LAYER)(tokens, height, width, segments=layout.segments, text=text, added=added)
 
 
 def _one_sequence(attn: Any, tokens: Tensor, qkv: QKV, rotary: Rotary | None, mask: Tensor | None) -> Tensor:
@@ -275,16 +277,16 @@ def _read_text(text: QKV, image: QKV, mask: Tensor | None) -> Tensor | None:
     """(B, image, heads, head width): softmax of the image's queries over the text alone. N_image x N_text."""
     if text[0].shape[1] == 0:
         return None
-    return _softmax_attention(image[0], text[1], text[2], mask)
+    return softmax_attention(image[0], text[1], text[2], mask)
 
 
 def _text_rows(text: QKV, image: QKV, mask: Tensor | None) -> Tensor:
     """(B, text, heads * head width): softmax of the text's queries over text and image, as before the patch."""
     keys, values = torch.cat([text[1], image[1]], dim=1), torch.cat([text[2], image[2]], dim=1)
-    return _softmax_attention(text[0], keys, values, mask).flatten(-2)
+    return softmax_attention(text[0], keys, values, mask).flatten(-2)
 
 
-def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).to(value.dtype)
 
