@@ -124,7 +124,8 @@ def neighbours(runs: list[dict[str, Any]]) -> list[str]:
         "## Neighbours",
         "",
         "What else touches a model, tested on tiny real ones (`tests/test_neighbours.py`, `test_ip_adapters.py`, "
-        "`test_patching.py`, `test_parallel.py`). A dash: this diffusers does not have it, or the library was not there.",
+        "`test_patching.py`, `test_parallel.py`). A dash: this diffusers does not have it, or the library was not "
+        "there.",
         "",
         "| neighbour | outcome | " + " | ".join(f"diffusers {version}" for version in versions) + " |",
         "|" + "---|" * (len(versions) + 2),
