@@ -2,8 +2,8 @@
 
     python benchmarks/variants.py --out outputs/benchmarks/variants
 
-Of the forward: the pipeline's variants that its count of a line (`cuda.pipeline_cycles`) puts first, and the kernel for
-long lines, whose result all are compared with. Of the backward (`--passes backward`): every variant. They are compiled
+The variants from boxes that their count of a line (`cuda.bulk_cycles`) puts first, and the general kernel, whose result
+all are compared with. They are compiled
 in several processes first (CuPy keeps the binaries) and timed in one process, as CUDA graphs over rotated inputs; where
 that one makes no progress it is killed and started again behind the variant, so one that hangs costs only itself.
 Prints a table; writes variants.jsonl.
@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from scan import ALL, DTYPES, SHAPES, Timer, copy_bandwidth, floor_bytes, make_i
 from gspn2_diffusion.ops import cuda
 
 NAMES = [name for name in SHAPES if name not in ("tiny", "wide-72x128")]
-H100 = cuda.Device((9, 0), 132, 232448)
+H100 = cuda.Device((9, 0), 132, 232448, True)
 WRONG = 0.02  # of the largest value
+MOST_PIXELS = 1 << 22  # of a backward, whose gradients are many
 
 
 def work_of(name: str, dtype: torch.dtype, backward: bool) -> cuda.Work:
@@ -36,43 +37,30 @@ def work_of(name: str, dtype: torch.dtype, backward: bool) -> cuda.Work:
     aligned, logits_aligned = min(16, row & -row), 16 if G > 1 else dtype.itemsize
     gates, longest = 1 + output_gate, max(H, W)
     sizes = (dtype.itemsize, dtype.itemsize, aligned, logits_aligned, gates, backward)
-    return cuda.Work(B, H, W, D, G, len(directions), longest, *sizes)
+    return cuda.Work(B, H, W, D, G, len(directions), longest, *sizes, boxed=True)
 
 
-def pipelines(work: cuda.Work, most: int) -> list[cuda.Variant]:
-    """The best by count, at most three of one slice and cluster: batches, halos and channels are not in the count."""
-    found: dict[tuple[int, int, int], list[tuple[float, cuda.Variant]]] = {}
-    for vec, lanes, cluster in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), range(1, 9)):
-        per_channel = work.G == work.D
-        if vec * work.size > work.aligned or vec * lanes > work.D or (per_channel and vec > 4):
-            continue
+def bulks(work: cuda.Work, most: int) -> list[cuda.Variant]:
+    """The best by count, each width and cluster once before any has its other batches, halos and channels."""
+    found: dict[tuple[int, int], list[tuple[float, cuda.Variant]]] = {}
+    widths = [w for w in range(8, min(128, work.D) + 1, 8) if w <= 48 or w % 16 == 0]
+    for width, cluster in itertools.product(widths, (*range(1, 9), 16)):
+        same = []
         for batch, channels, halo in itertools.product((8, 4, 2), (4, 2), (8, 4) if cluster > 1 else (8,)):
-            v = cuda.make_pipeline(work, vec, vec if per_channel else 1, lanes, cluster, batch, channels, halo)
-            if v is not None and v.shared <= H100.shared and v.grid >= 24 and vec * lanes >= channels:
-                found.setdefault((vec, lanes, cluster), []).append((cuda.pipeline_cycles(work, v, H100), v))
-    rest: list[tuple[float, cuda.Variant]] = []
-    for same in found.values():
-        same.sort(key=lambda pair: (pair[0], -pair[1].ahead))
-        others = [p for p in same[1:] if (p[1].channels != same[0][1].channels) or p[1].ahead != same[0][1].ahead]
-        rest += [same[0], *((pair[0] * 1.1, pair[1]) for pair in others[:2])]
-    return [v for _, v in sorted(rest, key=lambda pair: pair[0])[:most]]
+            v = cuda.make_bulk(work, width, cluster, batch, channels, halo)
+            if v is not None and v.grid >= 32:
+                same.append((cuda.bulk_cycles(work, v, H100) * (1.1 if v.stages < 3 else 1), v))
+        if same:
+            found[width, cluster] = sorted(same, key=lambda pair: (pair[0], abs(pair[1].ahead - 4)))
+    groups = sorted(found.values(), key=lambda group: group[0][0])
+    first = [group[0][1] for group in groups][: most * 2 // 3]
+    others = [group[i][1] for i in range(1, 4) for group in groups[: most // 4] if i < len(group)]
+    return first + others[: most - len(first)]
 
 
-def old_forward(work: cuda.Work) -> cuda.Variant:
-    """What the table chooses without the pipeline."""
-    return cuda.choose(work, H100)
-
-
-def all_backward(work: cuda.Work) -> Iterator[cuda.Variant]:
-    """One position a thread, 16 to 64 bytes of a position in a block, enough threads and blocks to be worth a try."""
-    for vec, lanes, cluster, ahead in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 4, 8), (2, 4, 8)):
-        each = vec * lanes * work.size
-        if work.D % vec or not 16 <= each <= 64 or vec * lanes > work.D or vec * work.size > work.aligned:
-            continue
-        v = cuda.make_variant(work, vec, vec if work.G > 1 else 1, lanes, cluster, ahead)
-        if v is None or v.turns > 1 or v.grid < 32 or v.block[0] * v.block[1] < (64 if cluster == 1 else 128):
-            continue
-        yield v
+def general(work: cuda.Work) -> cuda.Variant:
+    """What the table chooses without boxes."""
+    return cuda.choose(work._replace(boxed=False), H100)
 
 
 Job = tuple[str, str, bool, cuda.Variant]
@@ -83,14 +71,15 @@ def all_jobs(args: argparse.Namespace) -> list[Job]:
     jobs: list[Job] = []
     for name, which in itertools.product(args.shapes, args.passes):
         work = work_of(name, DTYPES[args.dtype], which == "backward")
-        found = all_backward(work) if work.backward else [old_forward(work), *pipelines(work, args.most)]
-        jobs += [(name, args.dtype, work.backward, v) for v in found]
+        if work.backward and work.B * work.H * work.W > MOST_PIXELS:
+            continue
+        jobs += [(name, args.dtype, work.backward, v) for v in (general(work), *bulks(work, args.most))]
     return jobs
 
 
 def compile_one(job: Job) -> str:
     name, dtype, backward, v = job
-    kernel = "BACKWARD" if backward else "PIPELINE" if v.places else "FORWARD"
+    kernel = "BULK_" * bool(v.places) + "BACKWARD" if backward else "BULK" if v.places else "FORWARD"
     has = (3 if SHAPES[name].output_gate else 1) + 4 * (backward and v.parts > 1)
     try:
         import cupy
@@ -100,7 +89,7 @@ def compile_one(job: Job) -> str:
         spilled = module.get_function(f"gspn2_{kernel.lower()}").local_size_bytes
     except Exception as error:
         return f"{name} {shown(v)}: {str(error)[:300]}"
-    return f"{name} {shown(v)}: {spilled} bytes spilled" if spilled and not backward else ""
+    return f"{name} {shown(v)}: {spilled} bytes spilled" if spilled else ""
 
 
 def call(name: str, dtype: torch.dtype, backward: bool) -> tuple[Callable[[int], tuple[torch.Tensor, ...]], int]:
@@ -152,7 +141,7 @@ def time_group(jobs: list[tuple[int, Job]], first: int, out: Path) -> None:
 
 
 def shown(v: cuda.Variant) -> str:
-    names = ("vec", "lanes", "cluster", "ahead") + (("channels", "halo", "places") if v.places else ("turns",))
+    names = ("vec", "lanes", "cluster", "ahead") + (("halo", "span", "stages") if v.places else ("turns",))
     return " ".join(f"{name}{getattr(v, name)}" for name in names) + f" grid{v.grid} threads{v.block[0] * v.block[1]}"
 
 
@@ -165,10 +154,10 @@ def report(rows: list[dict], jobs: list[Job], bandwidth: float) -> None:
         bad = sum(not row.get("error", 1) <= WRONG for row in mine)
         which = "backward" if backward else "forward"
         print(f"\n{name} {which}: floor {floor:.1f} us, {count} variants, {bad} wrong or failed")
-        reference = [row for row in timed if not cuda.Variant(*row["variant"]).places and not backward]
+        reference = [row for row in timed if not cuda.Variant(*row["variant"]).places]
         for row in timed[:5] + [row for row in reference if row not in timed[:5]]:
             v = cuda.Variant(*row["variant"])
-            counted = cuda.pipeline_cycles(work_of(name, DTYPES[dtype], False), v, H100) / 1755 if v.places else 0
+            counted = cuda.bulk_cycles(work_of(name, DTYPES[dtype], backward), v, H100) / 1755 if v.places else 0
             note = f"WRONG by {row['error']:.2g}" if not row["error"] <= WRONG else f"{row['error']:.1g}"
             print(f"  {row['us']:8.1f} us  counted {counted:7.1f}  {note}  {shown(v)}")
         for row in mine:
@@ -182,7 +171,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward"])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--most", type=int, default=20, help="pipelines of a shape")
+    parser.add_argument("--most", type=int, default=20, help="variants from boxes of a shape")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--patience", type=float, default=20, help="seconds for one variant")
     parser.add_argument("--limit", type=float, default=600, help="seconds in all; what is timed until then is reported")

@@ -6,7 +6,7 @@
 
 #define GSPN2_DEVICE __device__ __forceinline__
 
-extern __shared__ __align__(16) unsigned char gspn2_shared[];
+extern __shared__ __align__(128) unsigned char gspn2_shared[];
 
 GSPN2_DEVICE unsigned char* shared_memory() { return gspn2_shared; }
 
@@ -30,10 +30,16 @@ GSPN2_DEVICE float shuffle_up(float value) { return __shfl_up_sync(0xffffffffu, 
 GSPN2_DEVICE float shuffle_down(float value) { return __shfl_down_sync(0xffffffffu, value, 1); }
 GSPN2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// What a line's edge waits for in a cluster: an mbarrier in the receiver's shared memory that counts the bytes of its phase.
-// Sending says nothing about the sender's other stores, so it does not wait for them, as a cluster's barrier would.
+// An mbarrier in shared memory: a phase ends when `count` threads have arrived and all bytes that they expect are there. For what
+// a line's edge waits for in a cluster (sending says nothing about the sender's other stores, so it does not wait for them, as
+// a cluster's barrier would), for what the copy engine brings, and between the warps of a block.
 struct Signal {
     unsigned long long bits;
+};
+
+// A tensor and the box of it that the copy engine moves at once, encoded by the driver.
+struct alignas(64) TensorMap {
+    unsigned long long words[16];
 };
 
 #if __CUDA_ARCH__ >= 900
@@ -43,9 +49,11 @@ GSPN2_DEVICE unsigned peer_address(const void* shared, int rank) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(shared_address(shared)), "r"(rank));
     return peer;
 }
-GSPN2_DEVICE void signal_init(Signal* signal) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(signal)) : "memory");
+GSPN2_DEVICE void signal_init(Signal* signal, int count = 1) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(signal)), "r"(count) : "memory");
 }
+// The block's signals are there for the copy engine too, once the block has met.
+GSPN2_DEVICE void signals_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // All blocks of the cluster have initialised their shared memory.
 GSPN2_DEVICE void cluster_ready() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -54,6 +62,9 @@ GSPN2_DEVICE void cluster_ready() {
 }
 GSPN2_DEVICE void signal_expect(Signal* signal, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(signal)), "r"(bytes) : "memory");
+}
+GSPN2_DEVICE void signal_arrive(Signal* signal) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(signal)) : "memory");
 }
 GSPN2_DEVICE void signal_wait(Signal* signal, int parity) {
     unsigned done;
@@ -83,10 +94,38 @@ GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, 
                      : "memory");
     }
 }
+// A map's box at these coordinates, channels fastest, into shared memory (128-byte aligned); zeros where the tensor has nothing.
+GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int position, int line, int direction, int batch, Signal* signal) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
+            shared_address(to)),
+        "l"(&map), "r"(shared_address(signal)), "r"(channel), "r"(position), "r"(line), "r"(direction), "r"(batch)
+        : "memory");
+}
+// The way back, of what the tensor has.
+GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int line, int direction, int batch, const void* from) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+                 "r"(shared_address(from)), "r"(channel), "r"(position), "r"(line), "r"(direction), "r"(batch)
+                 : "memory");
+}
+// Ends a group of this thread's boxes; until all but the last `LEFT` groups have been read from shared memory.
+GSPN2_DEVICE void end_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int LEFT>
+GSPN2_DEVICE void groups_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory"); }
+// This thread's accesses of shared memory come before what the copy engine does there after the next signal.
+GSPN2_DEVICE void engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
-GSPN2_DEVICE void signal_init(Signal*) {}
+GSPN2_DEVICE void signal_init(Signal*, int = 1) {}
+GSPN2_DEVICE void signals_ready() {}
 GSPN2_DEVICE void cluster_ready() {}
 GSPN2_DEVICE void signal_expect(Signal*, int) {}
+GSPN2_DEVICE void signal_arrive(Signal*) {}
+GSPN2_DEVICE void load_box(void*, const TensorMap&, int, int, int, int, int, Signal*) {}
+GSPN2_DEVICE void store_box(const TensorMap&, int, int, int, int, int, const void*) {}
+GSPN2_DEVICE void end_group() {}
+template <int LEFT>
+GSPN2_DEVICE void groups_read() {}
+GSPN2_DEVICE void engine_fence() {}
 GSPN2_DEVICE void signal_wait(Signal*, int) {}
 template <int N>
 GSPN2_DEVICE void send(float*, const float (&)[N], Signal*, int) {}

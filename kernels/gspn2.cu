@@ -3,11 +3,11 @@
 // weight sets (1, or VEC where each channel has its own); LANES, vectors of a block at each position; AHEAD, lines on their way
 // into registers; TURNS, positions of a thread; CLUSTER, blocks to a line; THREADS, threads of a block; HAS, the optional
 // tensors (1 lam, 2 u, 4 the forward's state or the backward's partial sums); DECAY, whether the state decays by 1 - lam.
-// PIPELINE, the forward of pipeline.cuh, has BATCH, lines between barriers; PLACES and CHANNELS, positions and channels of a
-// scanning lane; and HALO, lines between exchanges in a cluster, instead of AHEAD and TURNS.
+// BULK and BULK_BACKWARD, those of bulk.cuh and bulk_backward.cuh, have CHANNELS of a scanning lane and WIDTH of a block instead of VEC and LANES, PLACES, positions
+// of a lane, BATCH, lines of a box, and HALO, lines between exchanges in a cluster.
 #include "backward.cuh"
+#include "bulk_backward.cuh"
 #include "forward.cuh"
-#include "pipeline.cuh"
 
 #if GSPN2_CLUSTER > 1
 #define GSPN2_KERNEL extern "C" __global__ void __cluster_dims__(GSPN2_CLUSTER, 1, 1) __launch_bounds__(GSPN2_THREADS, 1)
@@ -19,10 +19,15 @@
 
 #if defined(GSPN2_FORWARD)
 GSPN2_KERNEL gspn2_forward(const Params p) { scan_forward<GSPN2_CHOICES>(p); }
-#elif defined(GSPN2_PIPELINE)
-GSPN2_KERNEL gspn2_pipeline(const Params p) {
-    scan_pipeline<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_LANES, GSPN2_BATCH, GSPN2_PLACES, GSPN2_CHANNELS,
-                  GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY>(p);
+#elif defined(GSPN2_BULK)
+GSPN2_KERNEL gspn2_bulk(const __grid_constant__ BulkParams p) {
+    scan_bulk<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_SETS, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO,
+              GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY>(p);
+}
+#elif defined(GSPN2_BULK_BACKWARD)
+GSPN2_KERNEL gspn2_bulk_backward(const __grid_constant__ BulkBackwardParams p) {
+    scan_bulk_backward<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO,
+                       GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY>(p);
 }
 #elif defined(GSPN2_BACKWARD)
 GSPN2_KERNEL gspn2_backward(const Params p) { scan_backward<GSPN2_CHOICES>(p); }

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from functools import cache
@@ -11,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from gspn2_diffusion.ops.cuda import Device, Launch, kernel_folder, kernel_source
+from gspn2_diffusion.ops.cuda import Box, Device, Launch, kernel_folder, kernel_source
 
 HERE = Path(__file__).parent / "emulation"
 DEVICES = {
     "a100": Device((8, 0), 108, 166912),
     "rtx3090": Device((8, 6), 82, 101376),
     "rtx4090": Device((8, 9), 128, 101376),
-    "h100": Device((9, 0), 132, 232448),
-    "b200": Device((10, 0), 148, 232448),
-    "rtx5090": Device((12, 0), 170, 101376),
+    "h100": Device((9, 0), 132, 232448, True),
+    "b200": Device((10, 0), 148, 232448, True),
+    "rtx5090": Device((12, 0), 170, 101376, True),
 }
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -47,6 +48,7 @@ def library(defines: tuple[str, ...]) -> ctypes.CDLL:
             "-fPIC",
             "-fno-strict-aliasing",
             "-w",
+            "-Wno-psabi",
             f"-I{HERE}",
             f"-I{kernel_folder()}",
         ]
@@ -55,10 +57,21 @@ def library(defines: tuple[str, ...]) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def encode_box(box: Box) -> bytes:
+    """The emulation's TensorMap, once the driver's rules are kept."""
+    assert box.address % 16 == 0 and all(0 < stride < 2**40 and stride % 16 == 0 for stride in box.strides), box
+    assert all(0 < extent <= 256 for extent in box.box) and box.box[0] * box.element % 16 == 0, box
+    return struct.pack("5q11i", box.address, *box.strides, *box.sizes, *box.box, box.element)
+
+
 def execute(launch: Launch, seed: int = 0) -> None:
     message = ctypes.create_string_buffer(200)
+    arguments = launch.arguments(encode_box)
+    buffer = ctypes.create_string_buffer(len(arguments) + 64)
+    address = -(-ctypes.addressof(buffer) // 64) * 64
+    ctypes.memmove(address, bytes(arguments), len(arguments))
     failed = library(launch.defines).run(
-        ctypes.c_void_p(launch.params.ctypes.data),
+        ctypes.c_void_p(address),
         launch.grid,
         *launch.block,
         launch.cluster,

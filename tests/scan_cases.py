@@ -74,11 +74,12 @@ def make_inputs(
     K = len(case.directions)
     gate = (1 if case.gates == "shared" else K) * D
     widths = [D, 0 if case.gates == "none" else gate, 0 if case.gates in ("none", "lam") else gate, K * G * 3]
+    widths.append(-sum(widths) % 8 if D % 8 == 0 else 0)  # as the layer's projection
     fused = torch.randn(B, H, W, sum(widths), generator=generator, dtype=torch.float64)
     fused[..., D : D + widths[1]] = torch.rand(B, H, W, widths[1], generator=generator, dtype=torch.float64)
     fused = fused.to(device, dtype).requires_grad_()
     parts: list[torch.Tensor | None] = []
-    for part, shape in zip(fused.split(widths, -1), [(D,), (-1, D), (-1, D), (K, G, 3)], strict=True):
+    for part, shape in zip(fused.split(widths, -1)[:4], [(D,), (-1, D), (-1, D), (K, G, 3)], strict=True):
         view = part.unflatten(-1, shape) if part.shape[-1] and len(shape) > 1 else part
         if not part.shape[-1]:
             parts.append(None)

@@ -50,11 +50,31 @@ def in_nan(t: torch.Tensor | None) -> torch.Tensor | None:
     return buffer.as_strided(t.shape, t.stride(), t.storage_offset() + 64)
 
 
-def run(case: Case, dtype: torch.dtype, device: Device, seed: int = 0) -> tuple[dict, dict, list[Launch]]:
+def in_boxes(inputs: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+    """The same values as views of one projection whose parts and rows begin at multiples of 16 bytes, NaN between."""
+    B, H, W, _ = inputs[0].shape
+    unit = 16 // inputs[0].element_size()
+    widths = [0 if t is None else -(-t[0, 0, 0].numel() // unit) * unit for t in inputs]
+    row = torch.full((B * H * W * sum(widths) + 64,), float("nan"), dtype=inputs[0].dtype)
+    start = -row.data_ptr() % 64 // row.element_size() + unit
+    parts = row[start : start + B * H * W * sum(widths)].view(B, H, W, -1).split(widths, -1)
+    placed: list[torch.Tensor | None] = []
+    for t, part in zip(inputs, parts, strict=True):
+        if t is None:
+            placed.append(None)
+            continue
+        view = part[..., : t[0, 0, 0].numel()].unflatten(-1, t.shape[3:])
+        placed.append(view.copy_(t.detach()))
+    return placed
+
+
+def run(
+    case: Case, dtype: torch.dtype, device: Device, seed: int = 0, boxed: bool = False
+) -> tuple[dict, dict, list[Launch]]:
     """Results of the emulated kernels and of torch in float64, by name, and the launches."""
     inputs = [t if t is None else t.detach() for t in make_inputs(case, dtype)]
     exact = [t if t is None else t.double() for t in inputs]
-    inputs = [in_nan(t) for t in inputs]
+    inputs = in_boxes(inputs) if boxed else [in_nan(t) for t in inputs]
     launches: list[Launch] = []
 
     def emulate(launch: Launch) -> None:
@@ -98,9 +118,20 @@ def test_half_storage_with_float32_logits():
 @needs_compiler
 def test_same_bits_in_any_order_of_threads():
     case = Case(1, 2, 200, 16, merge="sum", gates="shared")
-    first, _, launches = run(case, torch.float32, DEVICES["h100"], seed=1)
-    again, _, _ = run(case, torch.float32, DEVICES["h100"], seed=2)
+    device = DEVICES["h100"]._replace(boxes=False)
+    first, _, launches = run(case, torch.float32, device, seed=1)
+    again, _, _ = run(case, torch.float32, device, seed=2)
     assert [launch.cluster for launch in launches] == [1, 4, 1], "meant to cover a split line and its sums over blocks"
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+@needs_compiler
+def test_boxes_give_the_same_bits_in_any_order_of_threads():
+    case = Case(1, 5, 100, 48, merge="sum", gates="shared")
+    first, _, launches = run(case, torch.float32, DEVICES["h100"], seed=1, boxed=True)
+    again, _, _ = run(case, torch.float32, DEVICES["h100"], seed=2, boxed=True)
+    assert [bool(launch.boxes) for launch in launches] == [True, True, False], "and the sums over blocks"
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
 
@@ -124,45 +155,48 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
         assert_close(name, value, expected[name])
 
 
-def check_pipeline(case: Case, dtype: torch.dtype, device: Device) -> None:
-    """Forward only: the backward has no pipeline."""
-    inputs = [in_nan(t if t is None else t.detach()) for t in make_inputs(case, dtype)]
-    torch.use_deterministic_algorithms(True)
-    try:
-        got = cuda.scan_forward(*inputs, *options(case), True, case.decay, device=device, execute=execute)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    exact = [t if t is None else t.double() for t in inputs]
-    expected = eager.scan_forward(*exact, *options(case), True, case.decay)
-    assert_close("y", got[0], expected[0])
-    assert_close("state", got[1], expected[1])
-
-
 @needs_compiler
 @pytest.mark.parametrize(("case", "dtype", "device"), EMULATED, ids=EMULATED_IDS)
-def test_emulated_pipeline_matches_torch(case, dtype, device):
-    check_pipeline(case, dtype, device._replace(pipeline=True))
+def test_emulated_boxes_of_the_table_match_torch(case, dtype, device):
+    got, expected, launches = run(case, dtype, device, boxed=True)
+    assert device.boxes or not any(launch.boxes for launch in launches)
+    for name, value in got.items():
+        assert_close(name, value, expected[name])
 
 
-# Few positions: halos as wide as a share, exchanges within a batch and over several, empty blocks, odd widths.
-PIPELINES = [
-    (Case(1, 19, 40, 16), torch.bfloat16, dict(vec=8, sets=1, lanes=2, cluster=4, batch=8, halo=4)),
-    (Case(1, 23, 61, 8, decay=True), torch.float32, dict(vec=4, sets=1, lanes=2, cluster=3, batch=2, halo=8)),
-    (Case(1, 9, 70, 8, 8, gates="lam"), torch.bfloat16, dict(vec=4, sets=4, lanes=2, cluster=8, batch=4, halo=2)),
-    (Case(2, 7, 1, 3, segment=3), torch.float32, dict(vec=1, sets=1, lanes=4, cluster=2, batch=4, halo=4)),
-    (
-        Case(1, 5, 9, 24, 2, gates="shared", merge="sum"),
-        TYPES[2],
-        dict(vec=4, sets=1, lanes=1, cluster=5, batch=4, channels=2),
-    ),
+# Few positions: halos as wide as a share, exchanges within a batch and over several, empty blocks, ragged last slices.
+BOXES = [
+    (Case(1, 8, 8, 8), torch.bfloat16, dict(width=8)),
+    (Case(2, 16, 12, 16), torch.bfloat16, dict(width=16)),
+    (Case(1, 19, 40, 40), torch.bfloat16, dict(width=16, cluster=3)),
+    (Case(1, 19, 40, 40), torch.float16, dict(width=40, cluster=2, batch=8)),
+    (Case(1, 23, 61, 8, decay=True), torch.float32, dict(width=8, cluster=3)),
+    (Case(1, 9, 70, 8, 8, gates="lam"), torch.bfloat16, dict(width=8, channels=2, cluster=8)),
+    (Case(1, 9, 34, 64), torch.bfloat16, dict(width=64, cluster=4, batch=8, halo=4)),
+    (Case(2, 7, 1, 8, segment=3), torch.float32, dict(width=8, cluster=2)),
+    (Case(1, 5, 9, 24, gates="shared", merge="sum"), torch.float16, dict(width=24, cluster=5, channels=2)),
+    (Case(1, 33, 50, 24, gates="none", directions=("left", "up")), torch.float16, dict(width=16, cluster=2)),
+    (Case(1, 30, 26, 16, 2, segment=7, normalizer="softmax"), torch.bfloat16, dict(width=8, most_stages=2)),
+    (Case(1, 3, 200, 8), torch.bfloat16, dict(width=8)),
 ]
 
 
 @needs_compiler
-@pytest.mark.parametrize(("case", "dtype", "choices"), PIPELINES, ids=[str(case) for case, _, _ in PIPELINES])
-def test_emulated_pipelines_match_torch(case, dtype, choices, monkeypatch):
-    monkeypatch.setattr(cuda, "choose", lambda work, _device: cuda.make_pipeline(work, **choices))
-    check_pipeline(case, dtype, DEVICES["h100"])
+@pytest.mark.parametrize(("case", "dtype", "choices"), BOXES, ids=[str(case) for case, _, _ in BOXES])
+def test_emulated_boxes_match_torch(case, dtype, choices, monkeypatch):
+    choose = cuda.choose
+
+    def forced(work, device):
+        return cuda.make_bulk(work, **choices) or choose(work._replace(boxed=False), device)
+
+    monkeypatch.setattr(cuda, "choose", forced)
+    got, expected, launches = run(case, dtype, DEVICES["h100"], boxed=True)
+    # Weights for each channel, and lanes of four bytes, have no backward from boxes; the largest do not fit one.
+    assert launches[0].boxes and bool(launches[1].boxes) == (
+        set(choices) <= {"width", "cluster", "most_stages", "halo"}
+    )
+    for name, value in got.items():
+        assert_close(name, value, expected[name])
 
 
 @needs_compiler
@@ -204,19 +238,23 @@ def work_of(shape: tuple[int, ...], size: int, backward: bool, segment: int | No
     while aligned > size and D * size % aligned:
         aligned //= 2
     gates = 1 if G == D else 2
-    return Work(B, H, W, D, G, K, segment or max(H, W), size, size, aligned, aligned, gates, backward)
+    return Work(
+        *(B, H, W, D, G, K, segment or max(H, W), size, size, aligned, aligned, gates, backward),
+        boxed=aligned == 16 and not backward,
+    )
 
 
-PASSES = {"forward": (False, False), "pipeline": (False, True), "backward": (True, False)}
-"""(backward, whether the pipeline may be chosen)"""
+PASSES = {"forward": (False, False), "boxes": (False, True), "backward": (True, False)}
+"""(backward, whether the forward from boxes may be chosen)"""
 
 
-@pytest.mark.parametrize(("backward", "pipeline"), PASSES.values(), ids=PASSES)
+@pytest.mark.parametrize(("backward", "boxes"), PASSES.values(), ids=PASSES)
 @pytest.mark.parametrize("size", [2, 4], ids=["half", "float32"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_table_gives_a_launch_that_fits(device, name, size, backward, pipeline):
-    limits = DEVICES[device]._replace(pipeline=pipeline)
+def test_table_gives_a_launch_that_fits(device, name, size, backward, boxes):
+    limits = DEVICES[device]
+    limits = limits._replace(boxes=boxes and limits.boxes)
     for segment in (None, 4):
         for aligned in (16, 8, 4, size):
             work = work_of(SHAPES[name], size, backward, segment, aligned)
@@ -224,13 +262,13 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward, pipeline):
             threads = variant.block[0] * variant.block[1]
             assert variant.shared <= limits.shared
             assert variant.vec * size <= max(aligned, size) and work.D % variant.vec == 0
-            assert 32 % variant.lanes == 0 and variant.slices * variant.lanes * variant.vec >= work.D
+            assert variant.slices * variant.lanes * variant.vec >= work.D
             if variant.places:
                 share = -(-work.line // variant.cluster)
-                halos = 0 if variant.cluster == 1 else variant.halo * min(2, variant.cluster - 1)
-                assert 32 * variant.places >= min(share + halos, work.line)
+                halos = 0 if variant.cluster == 1 else 2 * variant.halo
+                assert 32 * variant.places >= variant.span >= share + halos and variant.span % 8 == 0
+                assert variant.span <= 256 and 2 <= variant.stages <= cuda.MOST_STAGES
                 assert threads % 32 == 0 and threads <= 1024
-                assert threads - 32 * -(-variant.vec * variant.lanes // variant.channels) >= share * variant.lanes
                 assert variant.ahead % variant.halo == 0 or variant.halo % variant.ahead == 0
             else:
                 assert threads % 32 == 0 and threads <= cuda.largest_block(work, variant.vec, variant.sets)
@@ -253,19 +291,19 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward, pipeline):
         ("sdxl-16k-640", "forward", 4, 4, 8, 96),  # longer than a block
         ("batch-16", "forward", 4, 2, 4, 256),
         ("first-gspn", "forward", 4, 2, 8, 128),
-        ("sdxl-1024-640", "pipeline", 4, 4, 3, 120),
-        ("sdxl-1024-1280", "pipeline", 4, 4, 1, 80),
-        ("sdxl-4k-640", "pipeline", 8, 4, 5, 120),
-        ("sdxl-4k-1280", "pipeline", 8, 4, 3, 120),
-        ("sdxl-16k-640", "pipeline", 4, 4, 8, 96),
-        ("batch-16", "pipeline", 2, 4, 8, 512),
-        ("first-gspn", "pipeline", 4, 2, 8, 128),
+        ("sdxl-1024-640", "boxes", 4, 4, 3, 120),
+        ("sdxl-1024-1280", "boxes", 4, 4, 1, 80),
+        ("sdxl-4k-640", "boxes", 8, 4, 5, 120),
+        ("sdxl-4k-1280", "boxes", 8, 4, 3, 120),
+        ("sdxl-16k-640", "boxes", 4, 4, 8, 96),
+        ("batch-16", "boxes", 2, 4, 8, 512),
+        ("first-gspn", "boxes", 4, 2, 8, 128),
     ],
 )
 def test_table_on_an_h100(name, kind, vec, lanes, cluster, blocks):
-    backward, pipeline = PASSES[kind]
-    variant = cuda.choose(work_of(SHAPES[name], 2, backward), DEVICES["h100"]._replace(pipeline=pipeline))
-    assert bool(variant.places) == pipeline
+    backward, boxes = PASSES[kind]
+    variant = cuda.choose(work_of(SHAPES[name], 2, backward), DEVICES["h100"]._replace(boxes=boxes))
+    assert bool(variant.places) == boxes
     assert (variant.vec, variant.lanes, variant.cluster, variant.grid) == (vec, lanes, cluster, blocks)
 
 
@@ -278,14 +316,17 @@ def test_line_that_cannot_fit_says_so():
 @pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize(("name", "size"), [("first-gspn", 4), ("sdxl-1024-640", 2), ("odd", 2)])
 def test_shared_memory_is_counted_as_the_kernels_count_it(name, size, kind):
-    backward, pipeline = PASSES[kind]
+    backward, boxes = PASSES[kind]
     dtype = torch.float32 if size == 4 else torch.bfloat16
     work = work_of(SHAPES[name], size, backward)
-    variant = cuda.choose(work, DEVICES["h100"]._replace(pipeline=pipeline))
-    defines = cuda.defines(kind.upper(), variant, dtype, dtype)
-    positions = -(-work.line // variant.cluster)
-    assert library(defines).needed_shared_bytes(positions) == variant.shared
-    assert library(defines).params_bytes() == cuda.PARAMS.size
+    variant = cuda.choose(work, DEVICES["h100"]._replace(boxes=boxes))
+    kernel = "BULK" if variant.places else "BACKWARD" if backward else "FORWARD"
+    defines = cuda.defines(kernel, variant, dtype, dtype, has=3 if work.gates == 2 else 1)
+    positions = variant.span or -(-work.line // variant.cluster)
+    assert library(defines).needed_shared_bytes(positions, variant.stages) == variant.shared
+    assert library(defines).params_bytes() == (
+        -(-(12 * 128 + cuda.PARAMS.size + 8) // 64) * 64 if variant.places else cuda.PARAMS.size
+    )
 
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
@@ -298,11 +339,12 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
     jobs = set()
     for name, size in [("sdxl-1024-640", 2), ("sdxl-4k-1280", 2), ("first-gspn", 4), ("first-gspn", 2)]:
         for architecture in ARCHITECTURES:
-            for backward, pipeline in PASSES.values():
+            for backward, boxes in PASSES.values():
                 dtype = torch.float32 if size == 4 else torch.bfloat16
-                limits = by_capability[architecture]._replace(pipeline=pipeline)
+                limits = by_capability[architecture]
+                limits = limits._replace(boxes=boxes and limits.boxes)
                 variant = cuda.choose(work_of(SHAPES[name], size, backward), limits)
-                kernel = "BACKWARD" if backward else "PIPELINE" if variant.places else "FORWARD"
+                kernel = "BACKWARD" if backward else "BULK" if variant.places else "FORWARD"
                 if variant.turns > 1:  # long lines without clusters: several positions a thread spill, docs/kernel.md
                     continue
                 # The most that a kernel has: the state that the forward saves, the backward's sums over blocks.

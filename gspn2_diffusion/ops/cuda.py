@@ -4,6 +4,7 @@
 """
 
 import atexit
+import ctypes
 import itertools
 import os
 import struct
@@ -19,9 +20,13 @@ import torch
 
 STORAGE_NAMES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 SECTOR = 32  # bytes of a memory transaction
+L2_PROMOTION = 0  # no more than a box's bytes from memory into the second-level cache
 MOST_THREADS = 512  # of a block, so that a thread may have 128 registers
 MOST_TURNS = 8  # positions of a thread
-MOST_PLACES = 9  # positions of a lane of the pipeline
+MOST_PLACES = 8  # positions of a lane of the forward from boxes: 256 in a box
+MOST_STAGES = 8  # of its ring
+SLOT = 32  # bytes of a position's logits where a slice has one set of weights
+SERVANTS = 2  # warps that load and store boxes
 EXCHANGE_CYCLES = 700  # from a cluster's block to its neighbour
 RING_WORDS = (40, 16)  # registers for what is on its way, in the forward and in the backward
 
@@ -30,7 +35,7 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     processors: int
     shared: int  # bytes that a block can have
-    pipeline: bool = False  # whether the forward of pipeline.cuh may be chosen
+    boxes: bool = False  # whether the forward of bulk.cuh may be chosen
 
 
 class Work(NamedTuple):
@@ -50,6 +55,8 @@ class Work(NamedTuple):
     gates: int  # how many of lam and u there are
     backward: bool
     decay: bool = False
+    boxed: bool = False  # whether the copy engine can address all tensors
+    saves: bool = False  # the state
 
     @property
     def segments(self) -> int:
@@ -72,20 +79,46 @@ class Variant(NamedTuple):
     block: tuple[int, int]
     shared: int
     grid: int
-    # Of the forward's pipeline, 0 in the other kernels; there `ahead` is the lines of a batch.
+    # Of the forward from boxes, 0 in the other kernels. There `vec` is the channels of a scanning lane, `lanes` the
+    # warps that scan a slice, `ahead` the lines of a box.
     places: int = 0
-    channels: int = 0
     halo: int = 0
+    span: int = 0
+    stages: int = 0
+
+
+class Box(NamedTuple):
+    """What a TensorMap of bulk.cuh is encoded from: (channel, position, line, direction, batch), strides in bytes."""
+
+    place: int  # in the kernel's parameters
+    tensor: int  # of x, lam, u, logits, the state, y and the gradients of x, lam and u
+    address: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    element: int  # bytes
 
 
 class Launch(NamedTuple):
     kernel: str
     defines: tuple[str, ...]
-    params: np.ndarray  # one element, the Params of scan.cuh
+    params: bytes  # the Params of scan.cuh; of bulk.cuh what follows the maps
     grid: int
     block: tuple[int, int]
     cluster: int
     shared: int
+    boxes: tuple[Box, ...] = ()
+    maps: int = 0  # that the kernel has for each of both ways along a map
+
+    def arguments(self, encode: Callable[[Box], bytes]) -> bytearray:
+        """The kernel's parameters, a multiple of 64 bytes where it has maps."""
+        if not self.boxes:
+            return bytearray(self.params)
+        packed = bytearray(2 * self.maps * MAP_BYTES) + self.params
+        packed += bytes(-len(packed) % 64)
+        for box in self.boxes:
+            packed[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encode(box).ljust(MAP_BYTES, b"\0")
+        return packed
 
 
 def shared_bytes(work: Work, vec: int, lanes: int, cluster: int, positions: int) -> int:
@@ -161,87 +194,92 @@ def make_variant(work: Work, vec: int, sets: int, lanes: int, cluster: int, ahea
     )
 
 
-def pipeline_shared_bytes(variant: Variant, decay: bool) -> int:
-    """Stage::FLOATS of pipeline.cuh, in bytes."""
-    v = variant
-    warps, step = -(-v.vec * v.lanes // v.channels), 34 if v.places == 2 else 33
-    line = warps * ((v.places * step * v.channels + 23) // 32 * 32 + 8)
-    weights = v.places * step * 4 if v.sets == 1 else 3 * line
-    exchanged = 8 * warps + 4 * warps * v.halo * v.channels if v.cluster > 1 else 0
-    return 4 * (-(-exchanged // 4) * 4 + 3 * v.ahead * line + 2 * v.ahead * (weights + line * decay))
-
-
-def make_pipeline(
-    work: Work, vec: int, sets: int, lanes: int, cluster: int = 1, batch: int = 4, channels: int = 4, halo: int = 8
+def make_bulk(
+    work: Work,
+    width: int,
+    cluster: int = 1,
+    batch: int = 4,
+    channels: int = 4,
+    halo: int = 8,
+    shared: int = 227 << 10,
+    most_stages: int = MOST_STAGES,
 ) -> Variant | None:
-    """The forward's pipeline with these choices, None where a block cannot have it."""
-    sliced = _slices(work, vec, sets, lanes)
-    halo = halo if cluster > 1 else batch
-    span = _span(work, cluster, halo)[1]
-    places = -(-span // 32)
-    threads = 32 * -(-vec * lanes // channels) + -(-span * lanes // 32) * 32
-    # Registers, as nvcc uses them: what is on its way in a feeding thread, and a scanning lane's positions.
-    taps = 3 * vec * work.logit_size // 4 if sets > 1 else 1
-    on_its_way = batch * (vec * work.size * (1 + work.gates) // 4 + taps)
-    registers = max(60 + 1.3 * on_its_way, 32 + 2 * places * channels + 8 * work.decay)
-    bound = -(-threads // 128) * 128  # a warp on each of four schedulers
-    if sliced is None or places > MOST_PLACES or bound > 1024 or registers > 65536 // bound // 8 * 8:
+    """The forward from boxes with these choices and as many stages as `shared` bytes hold, None where a block cannot
+    have it."""
+    per_channel = work.G == work.D > 1
+    row, taps = width * work.size, (3 * width * work.logit_size if per_channel else SLOT)
+    share = -(-work.line // cluster) if cluster == 1 else max(-(-work.line // cluster), halo)
+    span = -(-(share if cluster == 1 else share + 2 * halo) // 8) * 8
+    places, warps = -(-span // 32), width // channels
+    threads = 32 * (SERVANTS + warps + (0 if per_channel else min(places, 4)))
+    if per_channel and work.D * 3 * work.logit_size % 16:
+        return None  # a direction's logits would begin between the places at which a box may
+    if not work.boxed or width % channels or row % 16 or taps % 16 or width > 256 or taps > 256 * work.logit_size:
         return None
-    slices, parts = sliced
+    if (not per_channel and work.D // work.G % width and work.G > 1) or (cluster > 1 and halo * row % 128):
+        return None
+    # Registers, as nvcc uses them: a lane's positions, and what is read of the next line.
+    registers = 56 + places * channels * 7 if work.backward else 48 + places * channels * 3
+    if places > MOST_PLACES or threads > 1024 or registers > 65536 // (-(-threads // 128) * 128):
+        return None
+
+    def up(count: int) -> int:
+        return -(-count // 128) * 128
+
+    if work.backward and (per_channel or channels * work.size < 8):
+        return None
+    exchange = 4 * warps * (8 + halo * channels * 4) if cluster > 1 else 0
+    header = up(4 * MOST_STAGES * 8 + exchange)
+    tiles = 1 + work.gates + (1 if work.backward else work.saves and work.gates < 2)
+    stage = tiles * up(batch * span * row) + up(batch * span * taps)
+    if work.backward:
+        stage += up((batch + 1) * span * row)
+    stages = min(most_stages, -(-min(work.segment, work.line) // batch) + 1, (shared - header) // stage)
+    if stages < 2:
+        return None
+    slices = -(-work.D // width)
+    parts = slices // work.G if not per_channel else 1
     grid = work.B * work.K * work.segments * slices * cluster
-    made = Variant(vec, sets, lanes, batch, 1, cluster, slices, parts, (threads, 1), 0, grid, places, channels, halo)
-    return made._replace(shared=pipeline_shared_bytes(made, work.decay))
+    sets = channels if per_channel else 1
+    block, bytes_used = (threads, 1), header + stages * stage
+    return Variant(
+        channels, sets, warps, batch, 1, cluster, slices, parts, block, bytes_used, grid, places, halo, span, stages
+    )
 
 
-def _span(work: Work, cluster: int, halo: int) -> tuple[int, int]:
-    """Positions that a block of the pipeline owns, and that it scans."""
-    share = -(-work.line // cluster)
-    if cluster == 1:
-        return share, share
-    share = max(share, halo)
-    return share, min(share + halo * min(2, cluster - 1), work.line)
-
-
-def pipeline_cycles(work: Work, v: Variant, device: Device) -> float:
-    """What the pipeline would take, from counts: of a line the slowest of the load unit's tag lookups (one for each
-    position and tensor), of issued instructions and of shared memory's bytes; the exchanges; the times the device is
-    filled."""
-    share, span = _span(work, v.cluster, v.halo)
+def bulk_cycles(work: Work, v: Variant, device: Device) -> float:
+    """What the forward from boxes would take, from counts: of a line the slower of the copy engine's requests (one for
+    each position and tensor) and of issued instructions; the exchanges; the times the device is filled."""
     width = v.vec * v.lanes
-    lookups = span * (1 + (work.gates > 0) + (-(-3 // v.lanes) if v.sets == 1 else 1)) + share * (1 + (work.gates > 1))
-    feeding = 15 + 11 * v.vec if v.sets == 1 else 30 + 60 * v.vec  # instructions of a warp for each line
-    scanning = 12 + 3 * v.channels + v.places * (3 * v.channels + 5)
-    warps = -(-width // v.channels)
-    issued = (-(-span * v.lanes // 32) * feeding + warps * scanning) / 4
-    moved = span * 16 * (width + (2 + warps if v.sets == 1 else 1.5 * width)) / 128
-    line = max(1.15 * lookups, 1.1 * issued, moved, 120) + (EXCHANGE_CYCLES / v.halo if v.cluster > 1 else 0)
+    share = -(-work.line // v.cluster)
+    requests: float = v.span * (2 + work.gates) + share
+    scanning = 30 + v.places * (10 + v.vec * (14 if v.sets == 1 else 55))
+    if work.backward:
+        requests = v.span * (4 + work.gates + 1 / v.ahead) + share * (2 + work.gates)
+        scanning *= 2
+    issued = v.lanes * scanning / 4
+    line = max(2.0 * requests * max(1.0, width * work.size / 64), 1.2 * issued, 60 + scanning)
+    line += EXCHANGE_CYCLES / v.halo if v.cluster > 1 else 0
     # A cluster stays within a group of processors, 16 or 18 of them.
     at_once = device.processors // 16 * (16 // v.cluster) * v.cluster if v.cluster > 1 else device.processors
     return -(-v.grid // at_once) * (min(work.segment, work.line) * line + 4 * EXCHANGE_CYCLES)
 
 
-def _pipelines(work: Work, device: Device) -> Iterator[Variant]:
-    """All that fit, with as many lines in a batch as do."""
-    clusters = range(1, 9) if device.capability >= (9, 0) else (1,)
-    per_channel = work.G == work.D > 1
-    for vec, lanes, cluster, halo in itertools.product((8, 4, 2, 1), (8, 4, 2, 1), clusters, (8, 4)):
-        if vec * work.size > min(work.aligned, 16) or work.D % vec or (cluster == 1 and halo < 8):
+def _bulks(work: Work, device: Device) -> Iterator[Variant]:
+    """All that fit."""
+    widths = [w for w in range(8, min(128, -(-work.D // 8) * 8) + 1, 8) if w <= 48 or w % 16 == 0]
+    for width, cluster, halo, batch, channels in itertools.product(widths, range(1, 9), (8, 4), (8, 4, 2), (4, 2)):
+        if cluster == 1 and halo < 8:
             continue
-        if (lanes > 1 and vec * (lanes // 2) >= work.D) or vec * lanes * work.size > 2 * SECTOR:
-            continue
-        if per_channel and (vec > 4 or work.logits_aligned < vec * work.logit_size):
-            continue
-        for batch in (8, 4, 2):
-            made = make_pipeline(work, vec, vec if per_channel else 1, lanes, cluster, batch, min(4, vec * lanes), halo)
-            if made is not None and made.shared <= device.shared:
-                yield made
-                break
+        made = make_bulk(work, width, cluster, batch, channels, halo, device.shared)
+        if made is not None:
+            yield made
 
 
 def _candidates(work: Work, device: Device) -> Iterator[Variant]:
     """From the most to the least wanted."""
-    if device.pipeline and not work.backward:
-        yield from sorted(_pipelines(work, device), key=lambda v: pipeline_cycles(work, v, device))
+    if device.boxes and work.boxed:
+        yield from sorted(_bulks(work, device), key=lambda v: bulk_cycles(work, v, device))
     clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
     long_lines = []
     for vec, sets in _vectors(work):
@@ -276,7 +314,10 @@ def choose(work: Work, device: Device) -> Variant:
 
 
 PARAMS = struct.Struct("66q q 12i")
-_PARAMS_DTYPE = np.dtype((np.void, PARAMS.size))
+MAP_BYTES = 128
+_ADDRESS = struct.Struct("Q")
+PORTABLE_CLUSTER = 8
+NON_PORTABLE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 
 
 def _view(t: torch.Tensor | None) -> tuple[int, ...]:
@@ -298,6 +339,19 @@ def _alignment(*tensors: torch.Tensor | None) -> int:
                 if extent > 1:
                     bits |= stride * t.element_size()
     return bits & -bits
+
+
+def _boxed(logits: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
+    """Whether the copy engine can address these: steps of whole 16 bytes, and a pixel's logits one after another."""
+    steps = [s for t in tensors if t is not None for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1]
+    following = logits.shape[3] == 1 or logits.stride(3) == 3 * logits.shape[4]
+    return (
+        following
+        and min(steps, default=1) > 0
+        and _alignment(*tensors) == 16
+        and _logits_alignment(logits) > 0
+        and _alignment(logits.flatten(3)) == 16
+    )
 
 
 def _logits_alignment(*tensors: torch.Tensor) -> int:
@@ -324,9 +378,10 @@ def defines(
             HAS=has,
             DECAY=int(decay),
         )
-        if kernel == "PIPELINE":
-            choices |= dict(BATCH=variant.ahead, PLACES=variant.places, CHANNELS=variant.channels, HALO=variant.halo)
-            choices |= dict(THREADS=-(-threads // 128) * 128)
+        if kernel.startswith("BULK"):
+            del choices["VEC"], choices["LANES"]
+            choices |= dict(WIDTH=variant.vec * variant.lanes, CHANNELS=variant.vec, PLACES=variant.places)
+            choices |= dict(BATCH=variant.ahead, HALO=variant.halo, THREADS=-(-threads // 128) * 128)
         else:
             choices |= dict(AHEAD=variant.ahead, TURNS=variant.turns, THREADS=256 if threads <= 256 else MOST_THREADS)
     return (f"-DGSPN2_{kernel}", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
@@ -342,7 +397,7 @@ class _Arguments(NamedTuple):
     segment: int
     decay: bool
 
-    def work(self, aligned: int, logits_aligned: int, backward: bool) -> Work:
+    def work(self, aligned: int, logits_aligned: int, backward: bool, boxed: bool = False, saves: bool = False) -> Work:
         B, H, W, D = self.x.shape
         gates = sum(t is not None for t in (self.lam, self.u))
         return Work(
@@ -360,7 +415,41 @@ class _Arguments(NamedTuple):
             gates,
             backward,
             self.decay,
+            boxed,
+            saves,
         )
+
+    def boxes(self, variant: Variant, tensors: Sequence[torch.Tensor | None]) -> tuple[Box, ...]:
+        """`tensors`: x, lam, u, logits, the state, y; in the backward also the gradients of x, lam and u."""
+        B, H, W, D = self.x.shape
+        backward = len(tensors) > 6
+        width, halo = variant.vec * variant.lanes, variant.halo if variant.cluster > 1 else 1
+        made = []
+        for along, tensor in itertools.product(
+            sorted({direction // 2 for direction in self.directions}), range(len(tensors))
+        ):
+            t = tensors[tensor]
+            if t is None:
+                continue
+            size = t.element_size()
+            step = [t.stride(i) * size if t.shape[i] > 1 else 16 for i in range(3)]
+            directions = t.shape[3] if tensor != 3 and t.dim() > 4 else 1
+            per_direction = t.stride(3) * size if directions > 1 else 16
+            length = W if along else H
+            share = max(-(-length // variant.cluster), halo)
+            channels, wide, positions, lines = D, width, variant.span, variant.ahead
+            if tensor == 3:
+                channels = t[0, 0, 0].numel()
+                wide = SLOT // size if variant.sets == 1 else 3 * width
+            elif tensor > (5 if backward else 3):
+                positions, lines = share, 1
+            elif tensor == 4:
+                lines += 1
+            sizes = (channels, length, H if along else W, directions, B)
+            strides = (step[1 + along], step[2 - along], per_direction, step[0])
+            box = (wide, positions, lines, 1, 1)
+            made.append(Box(len(tensors) * along + tensor, tensor, t.data_ptr(), sizes, strides, box, size))
+        return tuple(made)
 
     def launch(
         self,
@@ -385,13 +474,18 @@ class _Arguments(NamedTuple):
         grid, block, cluster, shared = variant.grid, variant.block, variant.cluster, variant.shared
         if partial is not None and kernel == "SUM_PARTIALS":
             grid, block, cluster, shared = -(-partial[0].numel() // 768), (256, 1), 1, 0
+        boxes: tuple[Box, ...] = ()
+        maps = 0
         if kernel == "FORWARD" and variant.places:
-            kernel = "PIPELINE"
-        last = partial if kernel == "BACKWARD" else outputs[0]
+            kernel, boxes, maps = "BULK", self.boxes(variant, tensors[:6]), 6
+        if kernel == "BACKWARD" and variant.places:
+            kernel, boxes, maps = "BULK_BACKWARD", self.boxes(variant, tensors[:9]), 9
+        if boxes:
+            params += struct.pack("2i", variant.span, variant.stages)
+        last = partial if kernel.endswith("BACKWARD") else outputs[0]
         has = (self.lam is not None) + 2 * (self.u is not None) + 4 * (last is not None)
         chosen = defines(kernel, variant, self.x.dtype, self.logits.dtype, has, self.decay)
-        packed_params = np.frombuffer(params, _PARAMS_DTYPE)
-        return Launch(f"gspn2_{kernel.lower()}", chosen, packed_params, grid, block, cluster, shared)
+        return Launch(f"gspn2_{kernel.lower()}", chosen, params, grid, block, cluster, shared, boxes, maps)
 
 
 def scan_forward(
@@ -415,7 +509,8 @@ def scan_forward(
     state = x.new_empty(y.shape if save_state else (0,))
     if B:
         arguments = _Arguments(x, lam, u, logits, directions, softmax, segment, decay)
-        work = arguments.work(_alignment(x, lam, u, y), _logits_alignment(logits), backward=False)
+        boxed = _boxed(logits, x, lam, u, y)
+        work = arguments.work(_alignment(x, lam, u, y), _logits_alignment(logits), False, boxed, save_state)
         variant = choose(work, device or device_limits(x.device.index))
         saved = state if save_state else None
         (execute or _execute)(arguments.launch("FORWARD", work, variant, (saved, y, None, None, None, None), None))
@@ -450,7 +545,8 @@ def scan_backward(
     if x.shape[0]:
         arguments = _Arguments(x, lam, u, logits, directions, softmax, segment, decay)
         aligned = _alignment(x, lam, u, grad_y, saved, grad_x)
-        work = arguments.work(aligned, _logits_alignment(logits, grad_logits), backward=True)
+        boxed = _boxed(logits, x, lam, u, grad_y, saved, grad_x)
+        work = arguments.work(aligned, _logits_alignment(logits, grad_logits), True, boxed)
         variant = choose(work, device or device_limits(x.device.index))
         partial = None
         if variant.parts > 1:
@@ -516,8 +612,9 @@ def device_limits(index: int) -> Device:
         )
     runtime = _import_cupy().cuda.runtime
     shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-    # The pipeline is not faster everywhere (docs/kernel.md): only who asks for it gets it.
-    return Device(capability, properties.multi_processor_count, shared, os.environ.get("GSPN2_PIPELINE") == "1")
+    # The boxes have not been timed (docs/kernel.md): only who asks for them gets them.
+    asked = os.environ.get("GSPN2_BOXES") == "1" and capability >= (9, 0)
+    return Device(capability, properties.multi_processor_count, shared, asked)
 
 
 _functions: dict[tuple[int, tuple[str, ...]], Any] = {}
@@ -535,6 +632,10 @@ def _function(launch: Launch, index: int) -> Any:
                 try:
                     kernel = cupy.RawModule(code=kernel_source(), options=options).get_function(launch.kernel)
                     kernel.max_dynamic_shared_size_bytes = device_limits(index).shared
+                    if launch.cluster > PORTABLE_CLUSTER and _driver().cuFuncSetAttribute(
+                        ctypes.c_void_p(kernel.kernel.ptr), NON_PORTABLE, 1
+                    ):
+                        raise RuntimeError("clusters of 16 blocks are refused")
                 except Exception as error:
                     version = cupy.cuda.runtime.runtimeGetVersion() // 1000
                     raise RuntimeError(
@@ -556,10 +657,75 @@ def _stream(index: int) -> Any:
     return _streams[key]
 
 
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _encode(box: Box) -> bytes | None:
+    """The driver's TensorMap, None where it refuses."""
+    buffer = ctypes.create_string_buffer(MAP_BYTES + 64)
+    address = -(-ctypes.addressof(buffer) // 64) * 64
+
+    def words(kind: Any, values: Sequence[int]) -> Any:
+        return (kind * len(values))(*values)
+
+    refused = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(address),
+        1 if box.element == 2 else 2,  # integers of 16 or 32 bits: only zeros are filled in
+        len(box.sizes),
+        ctypes.c_void_p(box.address),
+        words(ctypes.c_uint64, box.sizes),
+        words(ctypes.c_uint64, box.strides),
+        words(ctypes.c_uint32, box.box),
+        words(ctypes.c_uint32, (1,) * len(box.sizes)),
+        0,  # not interleaved
+        0,  # not swizzled
+        L2_PROMOTION,
+        0,  # zeros beyond the tensor
+    )
+    return None if refused else ctypes.string_at(address, MAP_BYTES)
+
+
+_templates: dict[Box, tuple[bytes, int | None]] = {}
+
+
+def _template(box: Box) -> tuple[bytes, int | None]:
+    """A TensorMap for `box` at any address, and where in it the address is: the word by which two of them differ. None
+    where this driver keeps it in another way."""
+    key = box._replace(address=L2_PROMOTION)
+    if key not in _templates:
+        addresses = box.address, box.address + (1 << 21)
+        maps = [_encode(box._replace(address=address)) for address in addresses]
+        if maps[0] is None:
+            raise RuntimeError(f"The driver refused to encode {box}; please report this shape.")
+        place = None
+        if maps[1] is not None:
+            words = zip(*(struct.unpack(f"{MAP_BYTES // 8}Q", m) for m in maps if m is not None), strict=True)
+            differing = [(i, pair) for i, pair in enumerate(words) if pair[0] != pair[1]]
+            if len(differing) == 1 and differing[0][1] == addresses:
+                place = 8 * differing[0][0]
+        _templates[key] = maps[0], place
+    return _templates[key]
+
+
+def encode_box(box: Box) -> bytes:
+    """The driver's TensorMap."""
+    template, place = _template(box)
+    if place is None:
+        return _encode(box) or b""
+    return template[:place] + _ADDRESS.pack(box.address) + template[place + 8 :]
+
+
+def _packed(arguments: bytearray) -> np.ndarray:
+    return np.frombuffer(arguments, np.dtype((np.void, len(arguments))))
+
+
 def _execute(launch: Launch) -> None:
     index = torch.cuda.current_device()
     function = _function(launch, index)
-    function((launch.grid,), launch.block, (launch.params,), launch.shared, _stream(index))
+    arguments = _packed(launch.arguments(encode_box))
+    function((launch.grid,), launch.block, (arguments,), launch.shared, _stream(index))
 
 
 Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
@@ -587,7 +753,18 @@ class Plan:
         self.index = y.device.index
         self.function = _function(launch, self.index)
         self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
-        self.params = bytearray(launch.params.tobytes())
+        self.params = launch.arguments(encode_box)
+        # In the order of scan.cuh's Params, whose views are six words long: x, lam, u, logits, the state, y.
+        self.addresses = [(48 * place, place) for place in (0, 1, 2, 3, 5)]
+        self.maps: list[Box] = []
+        if launch.boxes:
+            places = [_template(box)[1] for box in launch.boxes]
+            self.addresses = [
+                (box.place * MAP_BYTES + place, box.tensor)
+                for box, place in zip(launch.boxes, places, strict=True)
+                if place is not None
+            ]
+            self.maps = [box for box, place in zip(launch.boxes, places, strict=True) if place is None]
         self.shape = y.shape
         self.merge_sum = merge_sum
 
@@ -595,16 +772,16 @@ class Plan:
         x, lam, u, logits = tensors
         y = x.new_empty(self.shape)
         params = self.params[:]
-        # In the order of scan.cuh's Params, whose views are six words long: x, lam, u, logits, the state, y.
-        for place, t in enumerate((x, lam, u, logits, None, y)):
-            if t is not None:
-                _ADDRESS.pack_into(params, 48 * place, t.data_ptr())
-        packed = np.frombuffer(params, _PARAMS_DTYPE)
-        self.function(self.grid, self.block, (packed,), self.shared, _stream(self.index))
+        addresses = [0 if t is None else t.data_ptr() for t in (x, lam, u, logits, None, y)]
+        for offset, place in self.addresses:
+            _ADDRESS.pack_into(params, offset, addresses[place])
+        for box in self.maps:
+            encoded = encode_box(box._replace(address=addresses[box.tensor]))
+            params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
+        self.function(self.grid, self.block, (_packed(params),), self.shared, _stream(self.index))
         return y.sum(3, dtype=x.dtype) if self.merge_sum else y
 
 
-_ADDRESS = struct.Struct("Q")
 _plans: dict[tuple, Plan] = {}
 _MOST_PLANS = 4096
 

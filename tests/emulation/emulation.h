@@ -22,6 +22,7 @@
 #define GSPN2_DEVICE inline
 #define __global__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __cluster_dims__(...)
 
 namespace emulation {
@@ -39,17 +40,11 @@ struct Barrier {
     int members = 0, arrived = 0, generation = 0;
 };
 
-struct Sent {
-    float* to;
-    float values[4];
-    int count;
-};
-
-// One mbarrier: bytes of the phase, and what was sent and has not been looked at.
+// One mbarrier: threads and bytes that its phase still waits for, and what was sent and has not been looked at.
 struct Mailbox {
-    int phase = 0, expected = 0, arrived = 0;
-    bool armed = false;
-    std::vector<Sent> sent;
+    int count = 0, phase = 0, missing = 0;
+    long bytes = 0;
+    std::vector<std::function<void()>> sent;
 };
 
 struct Warp {
@@ -61,7 +56,7 @@ constexpr int GUARD = 1 << 16;
 
 struct Block {
     Index index;
-    std::vector<unsigned char> memory;  // shared memory, 16-byte aligned, and a guard
+    std::vector<unsigned char> memory;  // shared memory, 128-byte aligned, and a guard
     unsigned char* shared;
     Barrier barrier;
     std::vector<Warp> warps;
@@ -79,6 +74,7 @@ struct Fiber {
     int cluster_ticket = 0;
     const Barrier* waits = nullptr;  // for this barrier's generation to pass
     int passed = 0;
+    std::vector<std::vector<std::function<void()>>> groups;  // boxes on their way to memory
 };
 
 struct Machine {
@@ -203,27 +199,34 @@ GSPN2_DEVICE emulation::Mailbox& mailbox(Signal* signal, int rank) {
     auto& fiber = *emulation::machine->now;
     return fiber.block[rank - fiber.rank].mailboxes[reinterpret_cast<unsigned char*>(signal) - fiber.block->shared];
 }
-GSPN2_DEVICE void signal_init(Signal* signal) {
+GSPN2_DEVICE void signal_init(Signal* signal, int count = 1) {
     signal->bits = 0;
-    mailbox(signal, emulation::machine->now->rank) = {};
+    mailbox(signal, emulation::machine->now->rank) = {count, 0, count};
 }
+GSPN2_DEVICE void signals_ready() {}
 GSPN2_DEVICE void cluster_ready() {
     cluster_arrive();
     cluster_wait();
 }
-GSPN2_DEVICE void signal_expect(Signal* signal, int bytes) {
+GSPN2_DEVICE void signal_arrive(Signal* signal) {
     auto& box = mailbox(signal, emulation::machine->now->rank);
-    if (box.armed) emulation::fail("signal expected twice in a phase");
-    box.armed = true, box.expected = bytes;
+    if (--box.missing < 0) emulation::fail("more arrived at a signal than it counts");
+    ++emulation::machine->progress;
 }
+GSPN2_DEVICE void signal_expect(Signal* signal, int bytes) {
+    mailbox(signal, emulation::machine->now->rank).bytes += bytes;
+    signal_arrive(signal);
+}
+// The phase ends, and what was sent arrives, no earlier than somebody looks.
 GSPN2_DEVICE void signal_wait(Signal* signal, int parity) {
     auto& box = mailbox(signal, emulation::machine->now->rank);
+    if (!box.count) emulation::fail("a signal that was not initialised");
     while ((box.phase & 1) == parity) {
-        if (box.armed && box.arrived > box.expected) emulation::fail("more bytes arrived than expected");
-        if (box.armed && box.arrived == box.expected) {
-            for (const auto& sent : box.sent) std::copy(sent.values, sent.values + sent.count, sent.to);
+        if (!box.missing && box.bytes < 0) emulation::fail("more bytes arrived than expected");
+        if (!box.missing && !box.bytes) {
+            for (const auto& copy : box.sent) copy();
             box.sent.clear();
-            box.arrived = 0, box.armed = false, ++box.phase;
+            box.missing = box.count, ++box.phase;
             ++emulation::machine->progress;
         } else {
             emulation::yield();
@@ -233,13 +236,83 @@ GSPN2_DEVICE void signal_wait(Signal* signal, int parity) {
 template <int N>
 GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, int rank) {
     auto& box = mailbox(signal, rank);
-    emulation::Sent sent{cluster_peer(target, rank), {}, N};
-    emulation::check_aligned(sent.to, 4 * N);
-    std::copy(values, values + N, sent.values);
-    box.sent.push_back(sent);
-    box.arrived += 4 * N;
+    float* const to = cluster_peer(target, rank);
+    emulation::check_aligned(to, 4 * N);
+    std::vector<float> sent(values, values + N);
+    box.sent.push_back([=] { std::copy(sent.begin(), sent.end(), to); });
+    box.bytes -= 4 * N;
     ++emulation::machine->progress;
 }
+
+// What the tests put into the place of the driver's encoding: bytes, and elements of a box.
+struct alignas(64) TensorMap {
+    unsigned char* address;
+    long long strides[4];
+    int sizes[5], box[5], element;
+};
+
+namespace emulation {
+
+inline int box_bytes(const TensorMap& map) {
+    int bytes = map.element;
+    for (int extent : map.box) bytes *= extent;
+    return bytes;
+}
+
+// Calls `each` with the place in the box and in memory (null outside of the tensor) of every row of elements.
+template <typename F>
+void for_box(const TensorMap& map, const int (&first)[5], const F& each) {
+    for (int e = 0; e < box_bytes(map) / map.element; ++e) {
+        int rest = e;
+        unsigned char* memory = map.address;
+        for (int d = 0; d < 5; ++d) {
+            const int at = first[d] + rest % map.box[d];
+            rest /= map.box[d];
+            if (at < 0 || at >= map.sizes[d]) memory = nullptr;
+            if (memory) memory += at * (d ? map.strides[d - 1] : map.element);
+        }
+        each(e * map.element, memory);
+    }
+}
+
+}  // namespace emulation
+
+GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int position, int line, int direction, int batch, Signal* signal) {
+    auto& box = mailbox(signal, emulation::machine->now->rank);
+    emulation::check_aligned(to, 128);
+    if (channel * map.element % 16) emulation::fail("a box that begins between 16 bytes");
+    auto* const target = static_cast<unsigned char*>(to);
+    const TensorMap from = map;
+    box.sent.push_back([=] {
+        emulation::for_box(from, {channel, position, line, direction, batch}, [&](int place, const unsigned char* memory) {
+            for (int b = 0; b < from.element; ++b) target[place + b] = memory ? memory[b] : 0;
+        });
+    });
+    box.bytes -= emulation::box_bytes(map);
+    ++emulation::machine->progress;
+}
+// Shared memory is read as late as it may be.
+GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int line, int direction, int batch, const void* from) {
+    emulation::check_aligned(from, 128);
+    if (channel * map.element % 16) emulation::fail("a box that begins between 16 bytes");
+    const auto* const source = static_cast<const unsigned char*>(from);
+    const TensorMap to = map;
+    emulation::machine->now->groups.back().push_back([=] {
+        emulation::for_box(to, {channel, position, line, direction, batch}, [&](int place, unsigned char* memory) {
+            if (memory) std::memcpy(memory, source + place, to.element);
+        });
+    });
+}
+GSPN2_DEVICE void end_group() { emulation::machine->now->groups.push_back({}); }
+template <int LEFT>
+GSPN2_DEVICE void groups_read() {
+    auto& groups = emulation::machine->now->groups;  // the last one is open
+    while (groups.size() > LEFT + 1) {
+        for (const auto& copy : groups.front()) copy();
+        groups.erase(groups.begin());
+    }
+}
+GSPN2_DEVICE void engine_fence() {}
 
 GSPN2_DEVICE float fast_exp(float value) { return std::exp(value); }
 GSPN2_DEVICE float fast_divide(float a, float b) { return a / b; }
@@ -309,7 +382,7 @@ inline std::string launch(std::function<void()> kernel, int grid, Index block_di
             block.index = {first + rank, 0, 0};
             block.memory.assign(shared_bytes + 2 * GUARD, 0xff);
             block.shared = block.memory.data() + GUARD;
-            block.shared -= reinterpret_cast<std::uintptr_t>(block.shared) % 16;
+            block.shared -= reinterpret_cast<std::uintptr_t>(block.shared) % 128;
             block.barrier = {threads, 0, 0};
             block.warps.assign((threads + 31) / 32, {});
             block.mailboxes.clear();
@@ -323,6 +396,7 @@ inline std::string launch(std::function<void()> kernel, int grid, Index block_di
                 fiber.thread = {t % block_dim.x, t / block_dim.x % block_dim.y, t / block_dim.x / block_dim.y};
                 fiber.done = false;
                 fiber.waits = nullptr;
+                fiber.groups.assign(1, {});
                 getcontext(&fiber.context);
                 fiber.context.uc_stack.ss_sp = fiber.stack.data();
                 fiber.context.uc_stack.ss_size = fiber.stack.size();

@@ -1,17 +1,27 @@
 // The kernels as the launcher would compile them, callable from Python through ctypes.
 #include "gspn2.cu"
 
+#if defined(GSPN2_BULK)
+using Arguments = BulkParams;
+#elif defined(GSPN2_BULK_BACKWARD)
+using Arguments = BulkBackwardParams;
+#else
+using Arguments = Params;
+#endif
+
 #if defined(GSPN2_FORWARD)
 #define KERNEL gspn2_forward
-#elif defined(GSPN2_PIPELINE)
-#define KERNEL gspn2_pipeline
+#elif defined(GSPN2_BULK)
+#define KERNEL gspn2_bulk
+#elif defined(GSPN2_BULK_BACKWARD)
+#define KERNEL gspn2_bulk_backward
 #elif defined(GSPN2_BACKWARD)
 #define KERNEL gspn2_backward
 #else
 #define KERNEL gspn2_sum_partials
 #endif
 
-extern "C" int run(const Params* params, int grid, int block_x, int block_y, int cluster,
+extern "C" int run(const Arguments* params, int grid, int block_x, int block_y, int cluster,
                    int shared_bytes, unsigned seed, char* message, int message_size) {
     const std::string error = emulation::launch([=] { KERNEL(*params); }, grid, {block_x, block_y, 1}, cluster, shared_bytes, seed);
     std::snprintf(message, message_size, "%s", error.c_str());
@@ -20,15 +30,19 @@ extern "C" int run(const Params* params, int grid, int block_x, int block_y, int
 
 #if !defined(GSPN2_SUM_PARTIALS)
 // The kernels' own count of the shared memory that a block needs.
-extern "C" int needed_shared_bytes(int positions) {
+extern "C" int needed_shared_bytes(int positions, int stages) {
 #if defined(GSPN2_FORWARD)
     return forward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
-#elif defined(GSPN2_PIPELINE)
-    return 4 * Stage<GSPN2_VEC * GSPN2_LANES, GSPN2_SETS, GSPN2_BATCH, GSPN2_PLACES, GSPN2_CHANNELS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_DECAY>::FLOATS;
+#elif defined(GSPN2_BULK)
+    using R = Ring<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_SETS, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS>;
+    return R::BOXES + stages * R(positions).stage;
+#elif defined(GSPN2_BULK_BACKWARD)
+    using R = BackwardRing<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS>;
+    return R::BOXES + stages * R(positions).stage;
 #else
     return backward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
 #endif
 }
 #endif
 
-extern "C" int params_bytes() { return sizeof(Params); }
+extern "C" int params_bytes() { return sizeof(Arguments); }

@@ -1,0 +1,361 @@
+// The forward scan from boxes that the bulk copy engine moves: y = u h, h = lam x + (three taps of the line before).
+//
+// What limits a scan is not bytes but requests: a slice of a position is 16 to 160 bytes, and each is an access of its own for the
+// load unit. The copy engine takes one instruction for a box (channels of the slice x positions of the block x BATCH lines) and
+// no registers. One thread loads boxes of x, lam, u and the logits into a ring of stages in shared memory; normalising
+// warps turn the logits into float32 weights, in place; scanning warps walk along the lines and leave y where x was; one thread has
+// the engine store it and frees the stage. They meet at signals of each stage, never all at once:
+//
+//     full (the engine's bytes) -> ready (weights) -> done (y is there) -> empty (y has been read)
+//
+// A scanning warp owns CHANNELS channels of all positions that the block has: a lane has PLACES consecutive positions, so only
+// the edges of a lane are shuffled and nothing waits for another warp. In a cluster a block also scans HALO positions beyond
+// its share on either side. What they hold is wrong by one more position each line, so every HALO lines the neighbours send
+// theirs: the latency of the exchange is paid once in HALO lines. Beyond the tensor the engine fills in zeros.
+#pragma once
+
+#include "scan.cuh"
+
+enum { MAP_X, MAP_LAM, MAP_U, MAP_LOGITS, MAP_STATE, MAP_Y, FORWARD_MAPS, MAP_GRAD_X = FORWARD_MAPS, MAP_GRAD_LAM, MAP_GRAD_U, BACKWARD_MAPS };
+
+template <int MAPS>
+struct Boxed {
+    TensorMap maps[2][MAPS];  // for scans along rows and along columns: (channel, position, line, direction, batch)
+    Params scan;
+    int span, stages;         // positions of a box; stages of the ring
+};
+using BulkParams = Boxed<FORWARD_MAPS>;
+using BulkBackwardParams = Boxed<BACKWARD_MAPS>;
+
+[[maybe_unused]] constexpr int BULK_SERVANTS = 2;  // warps before the normalising ones: the loading and the storing thread's
+[[maybe_unused]] constexpr int MOST_STAGES = 8;
+
+// A box begins at whole 16 bytes of its tensor, or the engine stops the kernel with an illegal instruction. Three logits begin
+// anywhere, so a position has 32 bytes of them; its weights take the half that lanes next to each other read without conflicts.
+[[maybe_unused]] constexpr int SLOT = 32;
+template <typename L>
+GSPN2_DEVICE int box_logit(int logit) { return logit & -static_cast<int>(16 / sizeof(L)); }
+GSPN2_DEVICE int weights_at(int position) { return position * SLOT + (position & 4) * 4; }
+
+// Shared memory of a block, in bytes from its beginning.
+template <typename T, typename L, int SETS, int WIDTH, int CHANNELS, int BATCH, int HALO, int CLUSTER, int HAS>
+struct Ring {
+    static constexpr int SLICE = WIDTH, WARPS = WIDTH / CHANNELS;  // that scan
+    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, STATE = HAS & HAS_STATE;
+    // h goes where lam was.
+    static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, TILES = 1 + (LAM || STATE) + U;
+    static constexpr int TAPS = SETS == 1 ? SLOT / sizeof(L) : 3 * WIDTH;  // logits of a position in a box
+    static constexpr int INBOX = CLUSTER > 1 ? 4 * WARPS * HALO * CHANNELS * 4 : 0;
+    static constexpr int SIGNALS = (4 * MOST_STAGES + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8;
+    static constexpr int BOXES = (SIGNALS + INBOX + 127) / 128 * 128;
+    int span, tile, stage;
+    GSPN2_DEVICE constexpr Ring(int positions)
+        : span(positions), tile((BATCH * positions * WIDTH * static_cast<int>(sizeof(T)) + 127) / 128 * 128), stage(TILES * tile + (BATCH * positions * TAPS * static_cast<int>(sizeof(L)) + 127) / 128 * 128) {}
+    // Bytes that arrive for a stage.
+    GSPN2_DEVICE int loaded() const { return BATCH * span * ((1 + LAM + U) * WIDTH * static_cast<int>(sizeof(T)) + TAPS * static_cast<int>(sizeof(L))); }
+
+    GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
+    GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
+    GSPN2_DEVICE static Signal* ready(int stage) { return signals() + MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* done(int stage) { return signals() + 2 * MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* empty(int stage) { return signals() + 3 * MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* signal(int exchange, int side, int warp) {
+        return signals() + 4 * MOST_STAGES + (2 * (exchange & 1) + side) * WARPS + warp;
+    }
+    GSPN2_DEVICE static float* inbox(int exchange, int side, int warp) {
+        return reinterpret_cast<float*>(shared_memory() + SIGNALS) + ((2 * (exchange & 1) + side) * WARPS + warp) * HALO * CHANNELS;
+    }
+    GSPN2_DEVICE T* box(int index, int which) const { return reinterpret_cast<T*>(shared_memory() + BOXES + index * stage + which * tile); }
+    GSPN2_DEVICE unsigned char* taps(int index) const { return shared_memory() + BOXES + index * stage + TILES * tile; }
+};
+
+// The stage that comes next, and how often the ring has been around, as a parity.
+struct Turn {
+    int stage, parity;
+    GSPN2_DEVICE void next(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// The block's share of a line within the span that it scans, which begins `low` positions before the share. Of the neighbours'
+// positions it gets what they have: `from_low` and `from_high`.
+struct Reach {
+    int low, owned, from_low, from_high;
+    GSPN2_DEVICE bool owns(int position) const { return position >= low && position < low + owned; }
+};
+
+// Of the block's first channel, among all that a pixel has.
+GSPN2_DEVICE int weight_set(const Place& at, const Params& p, int width) {
+    return at.index * p.groups + at.slice * width / (p.channels / p.groups);
+}
+
+// The line in memory with which the box of a batch begins: that of its last line where the scan goes backwards.
+GSPN2_DEVICE int first_line(const Place& at, const Params& p, int batch, int lines) {
+    const int all = at.horizontal ? p.width : p.height, first = at.first + batch * lines;
+    return at.backwards ? all - first - lines : first;
+}
+
+// Batches from `batch` on, of which the first finds the ring's first stage free.
+template <typename L, int WIDTH, int BATCH, typename R>
+GSPN2_DEVICE void load_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int batch, int end) {
+    const Params& p = bulk.scan;
+    const TensorMap* const maps = bulk.maps[at.horizontal ? 0 : 1];
+    const int channel = at.slice * WIDTH, position = at.start - reach.low;
+    const int set = weight_set(at, p, WIDTH);
+    const int lam_direction = p.lam.direction ? at.index : 0, u_direction = p.u.direction ? at.index : 0;
+    Turn turn{0, batch > 0};
+    for (; batch < end; ++batch, turn.next(bulk.stages)) {
+        const int stage = turn.stage, line = first_line(at, p, batch, BATCH);
+        Signal* const full = R::full(stage);
+        if (batch >= bulk.stages) signal_wait(R::empty(stage), turn.parity ^ 1);
+        signal_expect(full, ring.loaded());
+        load_box(ring.taps(stage), maps[MAP_LOGITS], box_logit<L>(3 * set), position, line, 0, at.batch, full);
+        load_box(ring.box(stage, 0), maps[MAP_X], channel, position, line, 0, at.batch, full);
+        if constexpr (R::LAM) load_box(ring.box(stage, R::LAM_TILE), maps[MAP_LAM], channel, position, line, lam_direction, at.batch, full);
+        if constexpr (R::U) load_box(ring.box(stage, R::U_TILE), maps[MAP_U], channel, position, line, u_direction, at.batch, full);
+    }
+}
+
+template <int WIDTH, int BATCH, typename R>
+GSPN2_DEVICE void store_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring) {
+    const TensorMap* const maps = bulk.maps[at.horizontal ? 0 : 1];
+    const int lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH, channel = at.slice * WIDTH;
+    Turn turn{0, 0};
+    int before = 0;
+    for (int batch = 0; batch < batches; ++batch, turn.next(bulk.stages)) {
+        const int stage = turn.stage, line = first_line(at, bulk.scan, batch, BATCH);
+        const int count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
+        signal_wait(R::done(stage), turn.parity);
+        for (int s = 0; s < count; ++s) {
+            const int row = at.backwards ? BATCH - 1 - s : s, offset = (row * ring.span + reach.low) * WIDTH;
+            store_box(maps[MAP_Y], channel, at.start, line + row, at.index, at.batch, ring.box(stage, 0) + offset);
+            if constexpr (R::STATE) {
+                store_box(maps[MAP_STATE], channel, at.start, line + row, at.index, at.batch, ring.box(stage, R::LAM_TILE) + offset);
+            }
+        }
+        end_group();
+        if (batch > 0) {
+            groups_read<1>();
+            signal_arrive(R::empty(before));
+        }
+        before = stage;
+    }
+    groups_read<0>();
+}
+
+template <typename L, int BATCH, typename R>
+GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int thread, int threads) {
+    const int batches = (at.last - at.first + BATCH - 1) / BATCH;
+    const int first = 3 * weight_set(at, bulk.scan, R::SLICE), skipped = first - box_logit<L>(first);
+    Turn turn{0, 0};
+    for (int batch = 0; batch < batches; ++batch, turn.next(bulk.stages)) {
+        const int stage = turn.stage;
+        signal_wait(R::full(stage), turn.parity);
+        for (int position = thread; position < ring.span; position += threads) {
+            const int j = at.start + position - reach.low;
+            unsigned char* at_line = ring.taps(stage);
+#pragma unroll
+            for (int s = 0; s < BATCH; ++s) {
+                const L* const taps = reinterpret_cast<const L*>(at_line + position * SLOT) + skipped;
+                const float logit[3] = {to_float(taps[0]), to_float(taps[1]), to_float(taps[2])};
+                float weight[3];
+                normalize(weight, logit, j > 0, j < at.length - 1, bulk.scan.softmax);
+                const float four[4] = {weight[0], weight[1], weight[2], 0.f};
+                store_vector<float, 4>(reinterpret_cast<float*>(at_line + weights_at(position)), four);
+                at_line += ring.span * SLOT;
+            }
+        }
+        engine_fence();
+        warp_barrier();
+        if (thread % 32 == 0) signal_arrive(R::ready(stage));
+    }
+}
+
+template <typename T, typename L, int SETS, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
+GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int warp) {
+    constexpr int OFTEN = HALO < BATCH ? HALO : BATCH;  // exchanges within a batch
+    constexpr bool EARLY = PLACES * CHANNELS <= 16 && SETS == 1;  // the next line is read before this one is done
+    const int lane = threadIdx.x % 32, lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH;
+
+    struct Line {
+        Packed<T, CHANNELS> x[PLACES], lam[R::LAM ? PLACES : 1], u[R::U ? PLACES : 1];
+        Packed<float, 4> weights[SETS == 1 ? PLACES : 1];
+        Packed<L, 3 * CHANNELS> taps[SETS == 1 ? 1 : PLACES];
+    };
+    int place[PLACES];  // beyond the span a lane does again what its last position does
+#pragma unroll
+    for (int k = 0; k < PLACES; ++k) place[k] = lane * PLACES + k < ring.span ? lane * PLACES + k : ring.span - 1;
+    const auto read = [&](Line& line, int stage, int row) {
+        const T* const x = ring.box(stage, 0) + row * ring.span * WIDTH + warp * CHANNELS;
+        const T* const lam = ring.box(stage, R::LAM_TILE) + row * ring.span * WIDTH + warp * CHANNELS;
+        const T* const u = ring.box(stage, R::U_TILE) + row * ring.span * WIDTH + warp * CHANNELS;
+#pragma unroll
+        for (int k = 0; k < PLACES; ++k) {
+            line.x[k].load(x + place[k] * WIDTH);
+            if constexpr (R::LAM) line.lam[k].load(lam + place[k] * WIDTH);
+            if constexpr (R::U) line.u[k].load(u + place[k] * WIDTH);
+            if constexpr (SETS == 1) {
+                line.weights[k].load(reinterpret_cast<const float*>(ring.taps(stage) + row * ring.span * SLOT + weights_at(place[k])));
+            } else {
+                line.taps[k].load(reinterpret_cast<const L*>(ring.taps(stage)) + ((row * ring.span + place[k]) * WIDTH + warp * CHANNELS) * 3);
+            }
+        }
+    };
+
+    float h[PLACES][CHANNELS] = {};
+    Turn turn{0, 0};
+    for (int batch = 0; batch < batches; ++batch, turn.next(bulk.stages)) {
+        const int stage = turn.stage, count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
+        const auto row_of = [&](int s) { return at.backwards ? BATCH - 1 - s : s; };
+        signal_wait(R::full(stage), turn.parity);
+        if constexpr (SETS == 1) signal_wait(R::ready(stage), turn.parity);
+        Line line;
+        if constexpr (EARLY) read(line, stage, row_of(0));
+#pragma unroll
+        for (int s = 0; s < BATCH; ++s) {
+            if (s >= count) break;
+            if constexpr (CLUSTER > 1) {
+                const int exchange = (batch * BATCH + s) / HALO;
+                if (s % OFTEN == 0 && (batch * BATCH + s) % HALO == 0 && exchange > 0) {
+                    if (reach.from_low) {
+                        if (lane == 0) signal_expect(R::signal(exchange, 0, warp), HALO * CHANNELS * 4);
+                        signal_wait(R::signal(exchange, 0, warp), (exchange - 1) / 2 & 1);
+                    }
+                    if (reach.from_high) {
+                        if (lane == 0) signal_expect(R::signal(exchange, 1, warp), reach.from_high * CHANNELS * 4);
+                        signal_wait(R::signal(exchange, 1, warp), (exchange - 1) / 2 & 1);
+                    }
+#pragma unroll
+                    for (int k = 0; k < PLACES; ++k) {
+                        const int position = lane * PLACES + k, beyond = position - reach.low - reach.owned;
+                        if (position < reach.from_low) load_vector<float, CHANNELS>(h[k], R::inbox(exchange, 0, warp) + position * CHANNELS);
+                        if (beyond >= 0 && beyond < reach.from_high) {
+                            load_vector<float, CHANNELS>(h[k], R::inbox(exchange, 1, warp) + beyond * CHANNELS);
+                        }
+                    }
+                }
+            }
+            float lower[CHANNELS], higher[CHANNELS];
+#pragma unroll
+            for (int e = 0; e < CHANNELS; ++e) lower[e] = shuffle_up(h[PLACES - 1][e]), higher[e] = shuffle_down(h[0][e]);
+            [[maybe_unused]] Line next;
+            if constexpr (EARLY) {
+                if (s + 1 < BATCH) read(next, stage, row_of(s + 1));
+            } else {
+                read(line, stage, row_of(s));
+            }
+            T* const y = ring.box(stage, 0) + row_of(s) * ring.span * WIDTH + warp * CHANNELS;
+            [[maybe_unused]] T* const state = ring.box(stage, R::LAM_TILE) + row_of(s) * ring.span * WIDTH + warp * CHANNELS;
+#pragma unroll
+            for (int k = 0; k < PLACES; ++k) {
+                float value[CHANNELS], keep[CHANNELS];
+                line.x[k].unpack(value);
+                if constexpr (R::LAM) {
+                    line.lam[k].unpack(keep);
+#pragma unroll
+                    for (int e = 0; e < CHANNELS; ++e) value[e] *= keep[e], keep[e] = 1.f - keep[e];
+                }
+                float weight[3][SETS];
+                if constexpr (SETS == 1) {
+                    float four[4];
+                    line.weights[k].unpack(four);
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) weight[t][0] = four[t];
+                } else {
+                    const int j = at.start + lane * PLACES + k - reach.low;
+                    float flat[3 * CHANNELS];
+                    line.taps[k].unpack(flat);
+#pragma unroll
+                    for (int e = 0; e < CHANNELS; ++e) {
+                        const float logit[3] = {flat[3 * e], flat[3 * e + 1], flat[3 * e + 2]};
+                        float normalized[3];
+                        normalize(normalized, logit, j > 0, j < at.length - 1, bulk.scan.softmax);
+#pragma unroll
+                        for (int t = 0; t < 3; ++t) weight[t][e] = normalized[t];
+                    }
+                }
+#pragma unroll
+                for (int e = 0; e < CHANNELS; ++e) {
+                    const int set = SETS == 1 ? 0 : e;
+                    const float before = h[k][e], high = k + 1 < PLACES ? h[k + 1 < PLACES ? k + 1 : 0][e] : higher[e];
+                    const float sum = weight[1][set] * before + weight[0][set] * lower[e] + weight[2][set] * high;
+                    h[k][e] = DECAY ? value[e] + keep[e] * sum : value[e] + sum;
+                    lower[e] = before;
+                }
+                if (lane * PLACES + k < ring.span) {
+                    if constexpr (R::STATE) store_vector<T, CHANNELS>(state + place[k] * WIDTH, h[k]);
+                    float result[CHANNELS];
+                    if constexpr (R::U) line.u[k].unpack(result);
+#pragma unroll
+                    for (int e = 0; e < CHANNELS; ++e) result[e] = R::U ? result[e] * h[k][e] : h[k][e];
+                    store_vector<T, CHANNELS>(y + place[k] * WIDTH, result);
+                }
+            }
+            if constexpr (CLUSTER > 1) {
+                const int after = batch * BATCH + s + 1, exchange = after / HALO;
+                if ((s + 1) % OFTEN == 0 && after % HALO == 0 && after < lines) {
+#pragma unroll
+                    for (int k = 0; k < PLACES; ++k) {
+                        const int position = lane * PLACES + k - reach.low, from_end = position - (reach.owned - HALO);
+                        if (position < 0 || position >= reach.owned) continue;
+                        if (reach.from_low && position < HALO) {
+                            send<CHANNELS>(R::inbox(exchange, 1, warp) + position * CHANNELS, h[k], R::signal(exchange, 1, warp), at.rank - 1);
+                        }
+                        if (reach.from_high && from_end >= 0) {
+                            send<CHANNELS>(R::inbox(exchange, 0, warp) + from_end * CHANNELS, h[k], R::signal(exchange, 0, warp), at.rank + 1);
+                        }
+                    }
+                }
+            }
+            if constexpr (EARLY) line = next;
+        }
+        engine_fence();
+        warp_barrier();
+        if (lane == 0) signal_arrive(R::done(stage));
+    }
+}
+
+template <typename T, typename L, int SETS, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, int HAS, bool DECAY>
+GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
+    static_assert(WIDTH % CHANNELS == 0, "the scanning warps share out a slice");
+    static_assert(BATCH % HALO == 0 || HALO % BATCH == 0, "known when a batch is unrolled");
+    using R = Ring<T, L, SETS, WIDTH, CHANNELS, BATCH, HALO, CLUSTER, HAS>;
+    const Place at = find_place<CLUSTER, HALO>(bulk.scan);
+    if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
+    const R ring(bulk.span);
+    const int warp = warp_index(), normalizers = SETS == 1 ? blockDim.x / 32 - BULK_SERVANTS - R::WARPS : 0;
+    const int rest = at.length - at.start - at.owned;
+    const Reach reach{CLUSTER > 1 ? HALO : 0, at.owned, at.rank > 0 ? HALO : 0, rest < HALO ? rest : HALO};
+    const int batches = (at.last - at.first + BATCH - 1) / BATCH, ahead = batches < bulk.stages ? batches : bulk.stages;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < bulk.stages; ++stage) signal_init(R::full(stage));
+        signals_ready();
+        // On their way before the block, or even the cluster, has met.
+        if (at.owned) load_boxes<L, WIDTH, BATCH>(bulk, at, reach, ring, 0, ahead);
+    }
+    if (threadIdx.x >= 32 && threadIdx.x < 32 + bulk.stages) {
+        const int stage = threadIdx.x - 32;
+        signal_init(R::ready(stage), normalizers);
+        signal_init(R::done(stage), R::WARPS);
+        signal_init(R::empty(stage));
+    }
+    if constexpr (CLUSTER > 1) {
+        for (int i = threadIdx.x - 32; i >= 0 && i < 4 * R::WARPS; i += blockDim.x - 32) signal_init(R::signal(0, 0, 0) + i);
+        cluster_ready();
+    } else {
+        signals_ready();
+        block_barrier();
+    }
+    if (!at.owned) return;
+    if (warp == 0) {
+        if (threadIdx.x == 0) load_boxes<L, WIDTH, BATCH>(bulk, at, reach, ring, ahead, batches);
+    } else if (warp == 1) {
+        if (threadIdx.x == 32) store_boxes<WIDTH, BATCH>(bulk, at, reach, ring);
+    } else if (warp < BULK_SERVANTS + normalizers) {
+        if constexpr (SETS == 1) {
+            normalize_boxes<L, BATCH>(bulk, at, reach, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
+        }
+    } else {
+        scan_boxes<T, L, SETS, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, ring, warp - BULK_SERVANTS - normalizers);
+    }
+}
