@@ -200,6 +200,7 @@ GSPN2_DEVICE emulation::Mailbox& mailbox(Signal* signal, int rank) {
     return fiber.block[rank - fiber.rank].mailboxes[reinterpret_cast<unsigned char*>(signal) - fiber.block->shared];
 }
 GSPN2_DEVICE void signal_init(Signal* signal, int count = 1) {
+    if (count < 1) emulation::fail("a signal that counts nobody");
     signal->bits = 0;
     mailbox(signal, emulation::machine->now->rank) = {count, 0, count};
 }
