@@ -15,7 +15,7 @@ struct BackwardRing {
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, PARTIAL = HAS & HAS_PARTIAL;
     // x is there for its gradient's sake, even where nothing needs it.
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, DY_TILE = U_TILE + U, H_TILE = DY_TILE + 1;
-        static constexpr int INBOX = CLUSTER > 1 ? 4 * WARPS * HALO * CHANNELS * 4 : 0;
+    static constexpr int INBOX = CLUSTER > 1 ? 4 * WARPS * HALO * CHANNELS * 4 : 0;
     static constexpr int SIGNALS = (4 * MOST_STAGES + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8;
     static constexpr int BOXES = (SIGNALS + INBOX + 127) / 128 * 128;
     static constexpr int ROW = WIDTH * static_cast<int>(sizeof(T));
