@@ -291,13 +291,13 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward, boxes):
         ("sdxl-16k-640", "forward", 4, 4, 8, 96),  # longer than a block
         ("batch-16", "forward", 4, 2, 4, 256),
         ("first-gspn", "forward", 4, 2, 8, 128),
-        ("sdxl-1024-640", "boxes", 4, 4, 3, 120),
+        ("sdxl-1024-640", "boxes", 4, 8, 5, 120),
         ("sdxl-1024-1280", "boxes", 4, 4, 1, 80),
-        ("sdxl-4k-640", "boxes", 8, 4, 5, 120),
-        ("sdxl-4k-1280", "boxes", 8, 4, 3, 120),
+        ("sdxl-4k-640", "boxes", 4, 10, 8, 128),
+        ("sdxl-4k-1280", "boxes", 4, 10, 4, 128),
         ("sdxl-16k-640", "boxes", 4, 4, 8, 96),
-        ("batch-16", "boxes", 2, 4, 8, 512),
-        ("first-gspn", "boxes", 4, 2, 8, 128),
+        ("batch-16", "boxes", 4, 2, 8, 512),
+        ("first-gspn", "boxes", 2, 4, 8, 128),
     ],
 )
 def test_table_on_an_h100(name, kind, vec, lanes, cluster, blocks):
