@@ -2,12 +2,12 @@
 
     python benchmarks/variants.py --out outputs/benchmarks/variants
 
-The variants from boxes that their count of a line (`cuda.bulk_cycles`) puts first, and the general kernel, whose result
-all are compared with. They are compiled
-in several processes first (CuPy keeps the binaries) and timed in one process, as CUDA graphs over rotated inputs; where
-that one makes no progress it is killed and started again behind the variant, so one that hangs costs only itself, and
-so does one that stops the device. Then the best two of each shape are timed again with every promotion into the
-second-level cache. Prints tables; writes variants.jsonl (all) and best.jsonl (a line for each shape and pass).
+The variant from boxes that the table has, those that a rough count of a line puts first (it only orders what is tried
+and was wrong by factors), and the general kernel, whose result all are compared with. They are compiled in several
+processes first (CuPy keeps the binaries) and timed in one process, as CUDA graphs over rotated inputs; where that one
+makes no progress it is killed and started again behind the variant, so one that hangs costs only itself, and so does
+one that stops the device. Then the best two of each shape are timed again with every promotion into the second-level
+cache. Prints tables; writes variants.jsonl (all) and best.jsonl (a line for each shape and pass).
 """
 
 import argparse
@@ -30,7 +30,7 @@ NAMES = [name for name in SHAPES if name not in ("tiny", "wide-72x128")]
 H100 = cuda.Device((9, 0), 132, 232448, True)
 WRONG = 0.02  # of the largest value
 LONG = 2e-3  # seconds: beyond, the launches of a graph are not worth their time
-PROMOTIONS = (1, 2, 3)  # into the second-level cache, besides cuda.L2_PROMOTION: 64, 128 and 256 bytes
+EXCHANGE_CYCLES = 700  # from a cluster's block to its neighbour
 STOPPED = 3  # exit status: the device takes no more work from this process
 
 
@@ -43,23 +43,42 @@ def work_of(name: str, dtype: torch.dtype, backward: bool) -> cuda.Work:
     return cuda.Work(B, H, W, D, G, len(directions), longest, *sizes, boxed=True)
 
 
+def counted_cycles(work: cuda.Work, v: cuda.Variant, device: cuda.Device = H100) -> float:
+    """From counts: of a line the slower of the copy engine's requests (one for each position and tensor) and of issued
+    instructions; the exchanges; the times the device is filled."""
+    width = v.vec * v.lanes
+    share = -(-work.line // v.cluster)
+    requests: float = v.span * (2 + work.gates) + share
+    scanning = 30 + v.places * (10 + v.vec * 14)
+    if work.backward:
+        requests = v.span * (4 + work.gates + 1 / v.ahead) + share * (2 + work.gates)
+        scanning *= 2
+    issued = v.lanes * scanning / 4
+    line = max(2.0 * requests * max(1.0, width * work.size / 64), 1.2 * issued, 60 + scanning)
+    line += EXCHANGE_CYCLES / v.halo if v.cluster > 1 else 0
+    # A cluster stays within a group of processors, 16 or 18 of them.
+    at_once = device.processors // 16 * (16 // v.cluster) * v.cluster if v.cluster > 1 else device.processors
+    return -(-v.grid // at_once) * (min(work.segment, work.line) * line + 4 * EXCHANGE_CYCLES)
+
+
 def bulks(work: cuda.Work, most: int) -> list[cuda.Variant]:
     """The best by count: of each cluster size, whatever the count says of it, then of each width and cluster, then
     their other batches, halos and channels."""
     found: dict[tuple[int, int], list[tuple[float, cuda.Variant]]] = {}
     widths = [w for w in range(8, min(128, work.D) + 1, 8) if w <= 48 or w % 16 == 0]
-    for width, cluster in itertools.product(widths, (*range(1, 9), 16)):
+    for width, cluster in itertools.product(widths, cuda.CLUSTERS):
         same = []
         for batch, channels, halo in itertools.product((8, 4, 2), (4, 2), (8, 4) if cluster > 1 else (8,)):
             v = cuda.make_bulk(work, width, cluster, batch, channels, halo)
             if v is not None and v.grid >= 32:
-                same.append((cuda.bulk_cycles(work, v, H100) * (1.1 if v.stages < 3 else 1), v))
+                same.append((counted_cycles(work, v) * (1.1 if v.stages < 3 else 1), v))
         if same:
             found[width, cluster] = sorted(same, key=lambda pair: (pair[0], abs(pair[1].ahead - 4)))
     groups = sorted(found.values(), key=lambda group: group[0][0])
     sizes = {group[0][1].cluster: i for i, group in reversed(list(enumerate(groups)))}
     order = sorted(range(len(groups)), key=lambda i: (i not in sizes.values(), i))
-    first = [groups[i][0][1] for i in order][: most * 3 // 4]
+    chosen = cuda.choose(work, H100)
+    first = [chosen] * (chosen.places > 0) + [groups[i][0][1] for i in order][: most * 3 // 4]
     others = [group[i][1] for i in range(1, 4) for group in groups[: most // 4] if i < len(group)]
     return first + others[: most - len(first)]
 
@@ -167,15 +186,14 @@ def time_group(jobs: list[tuple[int, Job]], first: int, out: Path) -> None:
             attempt(v, row, number >= first)
             if v.places and row.get("error", 1) <= WRONG and "us" in row:
                 times.append((row["us"], v))
-    usual = cuda.L2_PROMOTION
-    for (_, v), promotion in itertools.product(sorted(times)[:2], PROMOTIONS):
-        cuda.L2_PROMOTION = promotion
-        attempt(v, dict(shape=name, backward=backward, variant=list(v), promotion=promotion), True)
-    cuda.L2_PROMOTION = usual
+    for (_, v), promotion in itertools.product(sorted(times)[:2], range(4)):
+        if promotion != v.promotion:
+            other = v._replace(promotion=promotion)
+            attempt(other, dict(shape=name, backward=backward, variant=list(other)), True)
 
 
 def shown(v: cuda.Variant) -> str:
-    names = ("vec", "lanes", "cluster", "ahead") + (("halo", "span", "stages") if v.places else ("turns",))
+    names = ("vec", "lanes", "cluster", "ahead") + (("halo", "span", "stages", "promotion") if v.places else ("turns",))
     return " ".join(f"{name}{getattr(v, name)}" for name in names) + f" grid{v.grid} threads{v.block[0] * v.block[1]}"
 
 
@@ -192,9 +210,8 @@ def report(rows: list[dict], jobs: list[Job], bandwidth: float, out: Path) -> No
         reference = [row for row in timed if not cuda.Variant(*row["variant"]).places]
         for row in timed[:5] + [row for row in reference if row not in timed[:5]]:
             v = cuda.Variant(*row["variant"])
-            counted = cuda.bulk_cycles(work_of(name, DTYPES[dtype], backward), v, H100) / 1755 if v.places else 0
+            counted = counted_cycles(work_of(name, DTYPES[dtype], backward), v) / 1755 if v.places else 0
             note = f"WRONG by {row['error']:.2g}" if not row["error"] <= WRONG else f"{row['error']:.1g}"
-            note += f" promotion {row['promotion']}" if "promotion" in row else ""
             print(f"  {row['us']:8.1f} us  counted {counted:7.1f}  {note}  {shown(v)}")
         for row in mine:
             if "problem" in row:
@@ -202,7 +219,7 @@ def report(rows: list[dict], jobs: list[Job], bandwidth: float, out: Path) -> No
         right = [row for row in timed if row["error"] <= WRONG and row not in reference]
         fastest = right[0] if right else {}
         line = dict(shape=name, work=which, floor_us=floor, table_us=reference[0]["us"] if reference else None)
-        line |= dict(boxes_us=fastest.get("us"), variant=fastest.get("variant"), promotion=fastest.get("promotion"))
+        line |= dict(boxes_us=fastest.get("us"), variant=fastest.get("variant"))
         best.append(line)
     (out / "best.jsonl").write_text("".join(json.dumps(line) + "\n" for line in best))
     print("\nshape        work        floor   table   boxes us  of floor  variant")
@@ -210,10 +227,9 @@ def report(rows: list[dict], jobs: list[Job], bandwidth: float, out: Path) -> No
         times = [line["floor_us"], line["table_us"], line["boxes_us"]]
         known = [us for us in times[1:] if us]
         v = shown(cuda.Variant(*line["variant"])) if line["variant"] else ""
-        promotion = f" promotion{line['promotion']}" if line["promotion"] is not None else ""
         shown_times = " ".join(f"{us:8.1f}" if us else "       -" for us in times)
         share = f"{times[0] / min(known):8.2f}" if known else "       -"
-        print(f"{line['shape']:11s} {line['work']:8s} {shown_times} {share}  {v}{promotion}")
+        print(f"{line['shape']:11s} {line['work']:8s} {shown_times} {share}  {v}")
 
 
 def main() -> None:

@@ -11,7 +11,8 @@
 // A scanning warp owns CHANNELS channels of all positions that the block has: a lane has PLACES consecutive positions, so only
 // the edges of a lane are shuffled and nothing waits for another warp. In a cluster a block also scans HALO positions beyond
 // its share on either side. What they hold is wrong by one more position each line, so every HALO lines the neighbours send
-// theirs: the latency of the exchange is paid once in HALO lines. Beyond the tensor the engine fills in zeros.
+// theirs: the latency of the exchange is paid once in HALO lines. Beyond the tensor the engine fills in zeros. One set of weights
+// for all channels of a slice; weights for each channel take the forward of forward.cuh.
 #pragma once
 
 #include "scan.cuh"
@@ -38,21 +39,20 @@ GSPN2_DEVICE int box_logit(int logit) { return logit & -static_cast<int>(16 / si
 GSPN2_DEVICE int weights_at(int position) { return position * SLOT + (position & 4) * 4; }
 
 // Shared memory of a block, in bytes from its beginning.
-template <typename T, typename L, int SETS, int WIDTH, int CHANNELS, int BATCH, int HALO, int CLUSTER, int HAS>
+template <typename T, int WIDTH, int CHANNELS, int BATCH, int HALO, int CLUSTER, int HAS>
 struct Ring {
     static constexpr int SLICE = WIDTH, WARPS = WIDTH / CHANNELS;  // that scan
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, STATE = HAS & HAS_STATE;
     // h goes where lam was.
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, TILES = 1 + (LAM || STATE) + U;
-    static constexpr int TAPS = SETS == 1 ? SLOT / sizeof(L) : 3 * WIDTH;  // logits of a position in a box
     static constexpr int INBOX = CLUSTER > 1 ? 4 * WARPS * HALO * CHANNELS * 4 : 0;
     static constexpr int SIGNALS = (4 * MOST_STAGES + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8;
     static constexpr int BOXES = (SIGNALS + INBOX + 127) / 128 * 128;
     int span, tile, stage;
     GSPN2_DEVICE constexpr Ring(int positions)
-        : span(positions), tile((BATCH * positions * WIDTH * static_cast<int>(sizeof(T)) + 127) / 128 * 128), stage(TILES * tile + (BATCH * positions * TAPS * static_cast<int>(sizeof(L)) + 127) / 128 * 128) {}
+        : span(positions), tile((BATCH * positions * WIDTH * static_cast<int>(sizeof(T)) + 127) / 128 * 128), stage(TILES * tile + (BATCH * positions * SLOT + 127) / 128 * 128) {}
     // Bytes that arrive for a stage.
-    GSPN2_DEVICE int loaded() const { return BATCH * span * ((1 + LAM + U) * WIDTH * static_cast<int>(sizeof(T)) + TAPS * static_cast<int>(sizeof(L))); }
+    GSPN2_DEVICE int loaded() const { return BATCH * span * ((1 + LAM + U) * WIDTH * static_cast<int>(sizeof(T)) + SLOT); }
 
     GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
@@ -171,16 +171,15 @@ GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const
     }
 }
 
-template <typename T, typename L, int SETS, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
+template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
 GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int warp) {
     constexpr int OFTEN = HALO < BATCH ? HALO : BATCH;  // exchanges within a batch
-    constexpr bool EARLY = PLACES * CHANNELS <= 16 && SETS == 1;  // the next line is read before this one is done
+    constexpr bool EARLY = PLACES * CHANNELS <= 16;  // the next line is read before this one is done
     const int lane = threadIdx.x % 32, lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH;
 
     struct Line {
         Packed<T, CHANNELS> x[PLACES], lam[R::LAM ? PLACES : 1], u[R::U ? PLACES : 1];
-        Packed<float, 4> weights[SETS == 1 ? PLACES : 1];
-        Packed<L, 3 * CHANNELS> taps[SETS == 1 ? 1 : PLACES];
+        Packed<float, 4> weights[PLACES];
     };
     int place[PLACES];  // beyond the span a lane does again what its last position does
 #pragma unroll
@@ -194,11 +193,7 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
             line.x[k].load(x + place[k] * WIDTH);
             if constexpr (R::LAM) line.lam[k].load(lam + place[k] * WIDTH);
             if constexpr (R::U) line.u[k].load(u + place[k] * WIDTH);
-            if constexpr (SETS == 1) {
-                line.weights[k].load(reinterpret_cast<const float*>(ring.taps(stage) + row * ring.span * SLOT + weights_at(place[k])));
-            } else {
-                line.taps[k].load(reinterpret_cast<const L*>(ring.taps(stage)) + ((row * ring.span + place[k]) * WIDTH + warp * CHANNELS) * 3);
-            }
+            line.weights[k].load(reinterpret_cast<const float*>(ring.taps(stage) + row * ring.span * SLOT + weights_at(place[k])));
         }
     };
 
@@ -208,7 +203,7 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
         const int stage = turn.stage, count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
         const auto row_of = [&](int s) { return at.backwards ? BATCH - 1 - s : s; };
         signal_wait(R::full(stage), turn.parity);
-        if constexpr (SETS == 1) signal_wait(R::ready(stage), turn.parity);
+        signal_wait(R::ready(stage), turn.parity);
         Line line;
         if constexpr (EARLY) read(line, stage, row_of(0));
 #pragma unroll
@@ -255,30 +250,12 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
 #pragma unroll
                     for (int e = 0; e < CHANNELS; ++e) value[e] *= keep[e], keep[e] = 1.f - keep[e];
                 }
-                float weight[3][SETS];
-                if constexpr (SETS == 1) {
-                    float four[4];
-                    line.weights[k].unpack(four);
-#pragma unroll
-                    for (int t = 0; t < 3; ++t) weight[t][0] = four[t];
-                } else {
-                    const int j = at.start + lane * PLACES + k - reach.low;
-                    float flat[3 * CHANNELS];
-                    line.taps[k].unpack(flat);
-#pragma unroll
-                    for (int e = 0; e < CHANNELS; ++e) {
-                        const float logit[3] = {flat[3 * e], flat[3 * e + 1], flat[3 * e + 2]};
-                        float normalized[3];
-                        normalize(normalized, logit, j > 0, j < at.length - 1, bulk.scan.softmax);
-#pragma unroll
-                        for (int t = 0; t < 3; ++t) weight[t][e] = normalized[t];
-                    }
-                }
+                float weight[4];
+                line.weights[k].unpack(weight);
 #pragma unroll
                 for (int e = 0; e < CHANNELS; ++e) {
-                    const int set = SETS == 1 ? 0 : e;
                     const float before = h[k][e], high = k + 1 < PLACES ? h[k + 1 < PLACES ? k + 1 : 0][e] : higher[e];
-                    const float sum = weight[1][set] * before + weight[0][set] * lower[e] + weight[2][set] * high;
+                    const float sum = weight[1] * before + weight[0] * lower[e] + weight[2] * high;
                     h[k][e] = DECAY ? value[e] + keep[e] * sum : value[e] + sum;
                     lower[e] = before;
                 }
@@ -315,15 +292,15 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
     }
 }
 
-template <typename T, typename L, int SETS, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, int HAS, bool DECAY>
+template <typename T, typename L, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, int HAS, bool DECAY>
 GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
     static_assert(WIDTH % CHANNELS == 0, "the scanning warps share out a slice");
     static_assert(BATCH % HALO == 0 || HALO % BATCH == 0, "known when a batch is unrolled");
-    using R = Ring<T, L, SETS, WIDTH, CHANNELS, BATCH, HALO, CLUSTER, HAS>;
+    using R = Ring<T, WIDTH, CHANNELS, BATCH, HALO, CLUSTER, HAS>;
     const Place at = find_place<CLUSTER, HALO>(bulk.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
     const R ring(bulk.span);
-    const int warp = warp_index(), normalizers = SETS == 1 ? blockDim.x / 32 - BULK_SERVANTS - R::WARPS : 0;
+    const int warp = warp_index(), normalizers = blockDim.x / 32 - BULK_SERVANTS - R::WARPS;
     const int rest = at.length - at.start - at.owned;
     const Reach reach{CLUSTER > 1 ? HALO : 0, at.owned, at.rank > 0 ? HALO : 0, rest < HALO ? rest : HALO};
     const int batches = (at.last - at.first + BATCH - 1) / BATCH, ahead = batches < bulk.stages ? batches : bulk.stages;
@@ -335,8 +312,7 @@ GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
     }
     if (threadIdx.x >= 32 && threadIdx.x < 32 + bulk.stages) {
         const int stage = threadIdx.x - 32;
-        // A signal that counts nobody crashes NVRTC 13.0.
-        if constexpr (SETS == 1) signal_init(R::ready(stage), normalizers);
+        signal_init(R::ready(stage), normalizers);
         signal_init(R::done(stage), R::WARPS);
         signal_init(R::empty(stage));
     }
@@ -353,10 +329,8 @@ GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
     } else if (warp == 1) {
         if (threadIdx.x == 32) store_boxes<WIDTH, BATCH>(bulk, at, reach, ring);
     } else if (warp < BULK_SERVANTS + normalizers) {
-        if constexpr (SETS == 1) {
-            normalize_boxes<L, BATCH>(bulk, at, reach, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
-        }
+        normalize_boxes<L, BATCH>(bulk, at, reach, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
     } else {
-        scan_boxes<T, L, SETS, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, ring, warp - BULK_SERVANTS - normalizers);
+        scan_boxes<T, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, ring, warp - BULK_SERVANTS - normalizers);
     }
 }

@@ -8,7 +8,7 @@
 
 #include "bulk.cuh"
 
-template <typename T, typename L, int WIDTH, int CHANNELS, int BATCH, int HALO, int CLUSTER, int HAS>
+template <typename T, int WIDTH, int CHANNELS, int BATCH, int HALO, int CLUSTER, int HAS>
 struct BackwardRing {
     static_assert(CHANNELS * sizeof(T) >= 8, "two sums fit where dy was");
     static constexpr int WARPS = WIDTH / CHANNELS;
@@ -331,7 +331,7 @@ template <typename T, typename L, int WIDTH, int CHANNELS, int PLACES, int BATCH
 GSPN2_DEVICE void scan_bulk_backward(const BulkBackwardParams& bulk) {
     static_assert(WIDTH % CHANNELS == 0, "the scanning warps share out a slice");
     static_assert(BATCH % HALO == 0 || HALO % BATCH == 0, "known when a batch is unrolled");
-    using R = BackwardRing<T, L, WIDTH, CHANNELS, BATCH, HALO, CLUSTER, HAS>;
+    using R = BackwardRing<T, WIDTH, CHANNELS, BATCH, HALO, CLUSTER, HAS>;
     const Place at = find_place<CLUSTER, HALO>(bulk.scan);
     if (at.first >= at.last) return;
     const R ring(bulk.span);

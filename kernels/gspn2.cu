@@ -3,8 +3,8 @@
 // weight sets (1, or VEC where each channel has its own); LANES, vectors of a block at each position; AHEAD, lines on their way
 // into registers; TURNS, positions of a thread; CLUSTER, blocks to a line; THREADS, threads of a block; HAS, the optional
 // tensors (1 lam, 2 u, 4 the forward's state or the backward's partial sums); DECAY, whether the state decays by 1 - lam.
-// BULK and BULK_BACKWARD, those of bulk.cuh and bulk_backward.cuh, have CHANNELS of a scanning lane and WIDTH of a block instead of VEC and LANES, PLACES, positions
-// of a lane, BATCH, lines of a box, and HALO, lines between exchanges in a cluster.
+// BULK and BULK_BACKWARD, those of bulk.cuh and bulk_backward.cuh, have CHANNELS of a scanning lane and WIDTH of a block instead
+// of VEC, SETS and LANES; PLACES, positions of a lane; BATCH, lines of a box; and HALO, lines between exchanges in a cluster.
 #include "backward.cuh"
 #include "bulk_backward.cuh"
 #include "forward.cuh"
@@ -16,18 +16,18 @@
 #endif
 #define GSPN2_CHOICES \
     GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_LANES, GSPN2_AHEAD, GSPN2_TURNS, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY
+#define GSPN2_BOX_CHOICES                                                                                              \
+    GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY
 
 #if defined(GSPN2_FORWARD)
 GSPN2_KERNEL gspn2_forward(const Params p) { scan_forward<GSPN2_CHOICES>(p); }
 #elif defined(GSPN2_BULK)
 GSPN2_KERNEL gspn2_bulk(const __grid_constant__ BulkParams p) {
-    scan_bulk<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_SETS, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO,
-              GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY>(p);
+    scan_bulk<GSPN2_BOX_CHOICES>(p);
 }
 #elif defined(GSPN2_BULK_BACKWARD)
 GSPN2_KERNEL gspn2_bulk_backward(const __grid_constant__ BulkBackwardParams p) {
-    scan_bulk_backward<GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO,
-                       GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY>(p);
+    scan_bulk_backward<GSPN2_BOX_CHOICES>(p);
 }
 #elif defined(GSPN2_BACKWARD)
 GSPN2_KERNEL gspn2_backward(const Params p) { scan_backward<GSPN2_CHOICES>(p); }

@@ -20,8 +20,8 @@ DEVICES = {
     "rtx3090": Device((8, 6), 82, 101376),
     "rtx4090": Device((8, 9), 128, 101376),
     "h100": Device((9, 0), 132, 232448, True),
-    "b200": Device((10, 0), 148, 232448, True),
-    "rtx5090": Device((12, 0), 170, 101376, True),
+    "b200": Device((10, 0), 148, 232448),
+    "rtx5090": Device((12, 0), 170, 101376),
 }
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -128,9 +128,9 @@ def test_same_bits_in_any_order_of_threads():
 
 @needs_compiler
 def test_boxes_give_the_same_bits_in_any_order_of_threads():
-    case = Case(1, 5, 100, 48, merge="sum", gates="shared")
-    first, _, launches = run(case, torch.float32, DEVICES["h100"], seed=1, boxed=True)
-    again, _, _ = run(case, torch.float32, DEVICES["h100"], seed=2, boxed=True)
+    case = Case(1, 5, 200, 64, merge="sum", gates="shared")
+    first, _, launches = run(case, torch.bfloat16, DEVICES["h100"], seed=1, boxed=True)
+    again, _, _ = run(case, torch.bfloat16, DEVICES["h100"], seed=2, boxed=True)
     assert [bool(launch.boxes) for launch in launches] == [True, True, False], "and the sums over blocks"
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
@@ -155,13 +155,31 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
         assert_close(name, value, expected[name])
 
 
+# Each row of the table of boxes: the pass that it is of, and the other one. Few lines across keep the emulation short.
+TABLE = [
+    (Case(1, 5, 40, 24), "forward"),
+    (Case(1, 7, 48, 16, 2, normalizer="softmax", segment=36), "forward"),
+    (Case(2, 60, 3, 40, directions=("down", "left")), "both"),
+    (Case(1, 3, 64, 8, gates="none"), "both"),
+    (Case(1, 5, 100, 48, merge="sum", gates="shared"), "backward"),
+    (Case(1, 3, 200, 40, 5, gates="lam"), "forward"),
+    (Case(1, 4, 256, 80, directions=("up", "right"), decay=True), "both"),
+    (Case(1, 300, 3, 64, 4, gates="shared", normalizer="softmax", segment=40), "both"),
+    (Case(1, 2, 600, 16, directions=("down",), gates="lam", merge="sum"), "both"),
+    (Case(1, 2, 1024, 40, directions=("up",)), "both"),
+    (Case(1, 1, 2048, 24, directions=("down",), decay=True), "forward"),
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize(("case", "dtype", "device"), EMULATED, ids=EMULATED_IDS)
-def test_emulated_boxes_of_the_table_match_torch(case, dtype, device):
-    got, expected, launches = run(case, dtype, device, boxed=True)
-    assert device.boxes or not any(launch.boxes for launch in launches)
-    for name, value in got.items():
-        assert_close(name, value, expected[name])
+@pytest.mark.parametrize(("case", "which"), TABLE, ids=[str(case) for case, _ in TABLE])
+def test_emulated_boxes_of_the_table_match_torch(case, which):
+    for device in (DEVICES["h100"], DEVICES["h100"]._replace(boxes=False)):
+        got, expected, launches = run(case, TYPES[1 + case.W % 2], device, boxed=True)
+        boxed = ["forward"] * bool(launches[0].boxes) + ["backward"] * bool(launches[1].boxes)
+        assert boxed == ([] if not device.boxes else ["forward", "backward"] if which == "both" else [which])
+        for name, value in got.items():
+            assert_close(name, value, expected[name])
 
 
 # Few positions: halos as wide as a share, exchanges within a batch and over several, empty blocks, ragged last slices.
@@ -171,7 +189,7 @@ BOXES = [
     (Case(1, 19, 40, 40), torch.bfloat16, dict(width=16, cluster=3)),
     (Case(1, 19, 40, 40), torch.float16, dict(width=40, cluster=2, batch=8)),
     (Case(1, 23, 61, 8, decay=True), torch.float32, dict(width=8, cluster=3)),
-    (Case(1, 9, 70, 8, 8, gates="lam"), torch.bfloat16, dict(width=8, channels=2, cluster=8)),
+    (Case(1, 9, 70, 8, gates="lam"), torch.bfloat16, dict(width=8, channels=2, cluster=8)),
     (Case(1, 9, 34, 64), torch.bfloat16, dict(width=64, cluster=4, batch=8, halo=4)),
     (Case(2, 7, 1, 8, segment=3), torch.float32, dict(width=8, cluster=2)),
     (Case(1, 5, 9, 24, gates="shared", merge="sum"), torch.float16, dict(width=24, cluster=5, channels=2)),
@@ -191,7 +209,7 @@ def test_emulated_boxes_match_torch(case, dtype, choices, monkeypatch):
 
     monkeypatch.setattr(cuda, "choose", forced)
     got, expected, launches = run(case, dtype, DEVICES["h100"], boxed=True)
-    # Weights for each channel, and lanes of four bytes, have no backward from boxes; the largest do not fit one.
+    # Lanes of four bytes have no backward from boxes; the largest do not fit one.
     assert launches[0].boxes and bool(launches[1].boxes) == (
         set(choices) <= {"width", "cluster", "most_stages", "halo"}
     )
@@ -240,12 +258,17 @@ def work_of(shape: tuple[int, ...], size: int, backward: bool, segment: int | No
     gates = 1 if G == D else 2
     return Work(
         *(B, H, W, D, G, K, segment or max(H, W), size, size, aligned, aligned, gates, backward),
-        boxed=aligned == 16 and not backward,
+        boxed=aligned == 16,
     )
 
 
-PASSES = {"forward": (False, False), "boxes": (False, True), "backward": (True, False)}
-"""(backward, whether the forward from boxes may be chosen)"""
+PASSES = {
+    "forward": (False, False),
+    "forward-boxes": (False, True),
+    "backward": (True, False),
+    "backward-boxes": (True, True),
+}
+"""(backward, whether boxes may be chosen)"""
 
 
 @pytest.mark.parametrize(("backward", "boxes"), PASSES.values(), ids=PASSES)
@@ -268,13 +291,14 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward, boxes):
                 halos = 0 if variant.cluster == 1 else 2 * variant.halo
                 assert 32 * variant.places >= variant.span >= share + halos and variant.span % 8 == 0
                 assert variant.span <= 256 and 2 <= variant.stages <= cuda.MOST_STAGES
-                assert threads % 32 == 0 and threads <= 1024
+                assert threads % 32 == 0 and threads <= 1024 and size == 2
                 assert variant.ahead % variant.halo == 0 or variant.halo % variant.ahead == 0
             else:
                 assert threads % 32 == 0 and threads <= cuda.largest_block(work, variant.vec, variant.sets)
                 assert variant.lanes == variant.block[0]
                 assert variant.block[1] * variant.turns * variant.cluster >= work.line
-            assert variant.cluster == 1 or (limits.capability >= (9, 0) and variant.cluster <= 8)
+            assert variant.cluster == 1 or limits.capability >= (9, 0)
+            assert variant.cluster <= 8 or (variant.places and variant.cluster == 16)
             assert variant.grid == work.B * work.K * work.segments * variant.slices * variant.cluster < 2**31
             assert variant.ahead % 2 == 0
 
@@ -291,20 +315,58 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward, boxes):
         ("sdxl-16k-640", "forward", 4, 4, 8, 96),  # longer than a block
         ("batch-16", "forward", 4, 2, 4, 256),
         ("first-gspn", "forward", 4, 2, 8, 128),
-        ("sdxl-1024-640", "boxes", 4, 8, 5, 120),
-        ("sdxl-1024-1280", "boxes", 4, 4, 1, 80),
-        ("sdxl-4k-640", "boxes", 4, 10, 8, 128),
-        ("sdxl-4k-1280", "boxes", 4, 10, 4, 128),
-        ("sdxl-16k-640", "boxes", 4, 4, 8, 96),
-        ("batch-16", "boxes", 4, 2, 8, 512),
-        ("first-gspn", "boxes", 2, 4, 8, 128),
     ],
 )
 def test_table_on_an_h100(name, kind, vec, lanes, cluster, blocks):
-    backward, boxes = PASSES[kind]
-    variant = cuda.choose(work_of(SHAPES[name], 2, backward), DEVICES["h100"]._replace(boxes=boxes))
-    assert bool(variant.places) == boxes
+    variant = cuda.choose(work_of(SHAPES[name], 2, PASSES[kind][0]), DEVICES["h100"]._replace(boxes=False))
+    assert not variant.places
     assert (variant.vec, variant.lanes, variant.cluster, variant.grid) == (vec, lanes, cluster, blocks)
+
+
+# vec, lanes, cluster, ahead, halo, span, stages, promotion, grid, threads; None: the other kernel was as fast.
+BEST_BOXES = {
+    ("first-gspn", "forward"): None,
+    ("first-gspn", "backward"): None,
+    ("sdxl-1024-640", "forward"): (4, 2, 1, 4, 8, 64, 8, 2, 80, 192),
+    ("sdxl-1024-640", "backward"): (4, 10, 4, 4, 8, 32, 3, 2, 64, 416),
+    ("sdxl-1024-1280", "forward"): (4, 4, 1, 2, 8, 32, 8, 1, 80, 224),
+    ("sdxl-1024-1280", "backward"): None,
+    ("sdxl-4k-640", "forward"): (4, 10, 6, 4, 8, 64, 3, 2, 96, 448),
+    ("sdxl-4k-640", "backward"): (4, 12, 16, 4, 4, 24, 4, 1, 256, 480),
+    ("sdxl-4k-1280", "forward"): None,
+    ("sdxl-4k-1280", "backward"): (4, 20, 6, 2, 4, 32, 3, 1, 96, 736),
+    ("sdxl-16k-640", "forward"): (2, 20, 16, 2, 8, 80, 5, 0, 64, 800),
+    ("sdxl-16k-640", "backward"): (4, 6, 16, 2, 8, 80, 4, 0, 128, 352),
+    ("batch-16", "forward"): (4, 2, 16, 4, 8, 80, 8, 2, 1024, 224),
+    ("batch-16", "backward"): (4, 2, 16, 8, 8, 80, 3, 2, 1024, 224),
+}
+
+
+@pytest.mark.parametrize(("name", "which"), BEST_BOXES)
+def test_table_has_the_boxes_that_were_fastest(name, which):
+    work, best = work_of(SHAPES[name], 2, which == "backward"), BEST_BOXES[name, which]
+    variant = cuda.choose(work, DEVICES["h100"])
+    shown = (*variant[:1], variant.lanes, variant.cluster, variant.ahead, variant.halo, variant.span, variant.stages)
+    shown += (variant.promotion, variant.grid, variant.block[0])
+    assert shown == best if best else not variant.places
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "segment"),
+    [
+        ((2, 16, 16, 160, 1, 4), 2, None),  # shorter lines and other types than were timed
+        ((2, 64, 64, 80, 1, 4), 4, None),
+        ((2, 256, 256, 80, 1, 4), 2, 16),  # segments of few lines
+        ((8, 64, 64, 80, 1, 4), 2, None),  # a small map in more blocks than run at once
+        ((2, 256, 256, 80, 4, 4), 2, None),  # a slice would have two sets of weights
+        ((1, 4096, 4096, 40, 1, 4), 2, None),
+    ],
+)
+def test_boxes_only_where_they_were_timed(shape, size, segment):
+    for backward in (False, True):
+        works = [work_of(shape, size, backward, segment)]
+        works.append(work_of(SHAPES["sdxl-4k-640"], 2, backward, aligned=8))
+        assert not any(v.places for w in works for v in cuda._bulks(w, DEVICES["h100"]))
 
 
 def test_line_that_cannot_fit_says_so():
@@ -320,12 +382,13 @@ def test_shared_memory_is_counted_as_the_kernels_count_it(name, size, kind):
     dtype = torch.float32 if size == 4 else torch.bfloat16
     work = work_of(SHAPES[name], size, backward)
     variant = cuda.choose(work, DEVICES["h100"]._replace(boxes=boxes))
-    kernel = "BULK" if variant.places else "BACKWARD" if backward else "FORWARD"
+    kernel = "BULK_" * bool(variant.places) + "BACKWARD" if backward else "BULK" if variant.places else "FORWARD"
     defines = cuda.defines(kernel, variant, dtype, dtype, has=3 if work.gates == 2 else 1)
+    maps = 9 if backward else 6
     positions = variant.span or -(-work.line // variant.cluster)
     assert library(defines).needed_shared_bytes(positions, variant.stages) == variant.shared
     assert library(defines).params_bytes() == (
-        -(-(12 * 128 + cuda.PARAMS.size + 8) // 64) * 64 if variant.places else cuda.PARAMS.size
+        -(-(2 * maps * 128 + cuda.PARAMS.size + 8) // 64) * 64 if variant.places else cuda.PARAMS.size
     )
 
 
@@ -337,7 +400,13 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
     by_capability = {f"{major}{minor}": limits for limits in DEVICES.values() for major, minor in [limits.capability]}
     jobs = set()
-    for name, size in [("sdxl-1024-640", 2), ("sdxl-4k-1280", 2), ("first-gspn", 4), ("first-gspn", 2)]:
+    for name, size in [
+        ("sdxl-1024-640", 2),
+        ("sdxl-4k-1280", 2),
+        ("sdxl-16k-640", 2),
+        ("first-gspn", 4),
+        ("first-gspn", 2),
+    ]:
         for architecture in ARCHITECTURES:
             for backward, boxes in PASSES.values():
                 dtype = torch.float32 if size == 4 else torch.bfloat16
@@ -345,6 +414,7 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
                 limits = limits._replace(boxes=boxes and limits.boxes)
                 variant = cuda.choose(work_of(SHAPES[name], size, backward), limits)
                 kernel = "BACKWARD" if backward else "BULK" if variant.places else "FORWARD"
+                kernel = "BULK_BACKWARD" if backward and variant.places else kernel
                 if variant.turns > 1:  # long lines without clusters: several positions a thread spill, docs/kernel.md
                     continue
                 # The most that a kernel has: the state that the forward saves, the backward's sums over blocks.

@@ -20,14 +20,13 @@ import torch
 
 STORAGE_NAMES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 SECTOR = 32  # bytes of a memory transaction
-L2_PROMOTION = 0  # no more than a box's bytes from memory into the second-level cache
 MOST_THREADS = 512  # of a block, so that a thread may have 128 registers
 MOST_TURNS = 8  # positions of a thread
 MOST_PLACES = 8  # positions of a lane of the forward from boxes: 256 in a box
 MOST_STAGES = 8  # of its ring
 SLOT = 32  # bytes of a position's logits where a slice has one set of weights
 SERVANTS = 2  # warps that load and store boxes
-EXCHANGE_CYCLES = 700  # from a cluster's block to its neighbour
+CLUSTERS = (*range(1, 9), 16)  # of the kernels from boxes: more than eight blocks is what a device may refuse
 RING_WORDS = (40, 16)  # registers for what is on its way, in the forward and in the backward
 
 
@@ -35,7 +34,7 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     processors: int
     shared: int  # bytes that a block can have
-    boxes: bool = False  # whether the forward of bulk.cuh may be chosen
+    boxes: bool = False  # whether the kernels of bulk.cuh and bulk_backward.cuh may be chosen
 
 
 class Work(NamedTuple):
@@ -79,12 +78,13 @@ class Variant(NamedTuple):
     block: tuple[int, int]
     shared: int
     grid: int
-    # Of the forward from boxes, 0 in the other kernels. There `vec` is the channels of a scanning lane, `lanes` the
-    # warps that scan a slice, `ahead` the lines of a box.
+    # Of the kernels from boxes, 0 in the others. There `vec` is the channels of a scanning lane, `lanes` the warps that
+    # scan a slice, `ahead` the lines of a box.
     places: int = 0
     halo: int = 0
     span: int = 0
     stages: int = 0
+    promotion: int = 0
 
 
 class Box(NamedTuple):
@@ -97,6 +97,7 @@ class Box(NamedTuple):
     strides: tuple[int, ...]
     box: tuple[int, ...]
     element: int  # bytes
+    promotion: int  # what a miss brings into the second-level cache: 0 the box's bytes, 1 to 3 whole 64, 128 or 256
 
 
 class Launch(NamedTuple):
@@ -203,20 +204,18 @@ def make_bulk(
     halo: int = 8,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
+    promotion: int = 0,
 ) -> Variant | None:
-    """The forward from boxes with these choices and as many stages as `shared` bytes hold, None where a block cannot
+    """The kernel from boxes with these choices and as many stages as `shared` bytes hold, None where a block cannot
     have it."""
-    per_channel = work.G == work.D > 1
-    row, taps = width * work.size, (3 * width * work.logit_size if per_channel else SLOT)
+    row = width * work.size
     share = -(-work.line // cluster) if cluster == 1 else max(-(-work.line // cluster), halo)
     span = -(-(share if cluster == 1 else share + 2 * halo) // 8) * 8
     places, warps = -(-span // 32), width // channels
-    threads = 32 * (SERVANTS + warps + (0 if per_channel else min(places, 4)))
-    if per_channel and work.D * 3 * work.logit_size % 16:
-        return None  # a direction's logits would begin between the places at which a box may
-    if not work.boxed or width % channels or row % 16 or taps % 16 or width > 256 or taps > 256 * work.logit_size:
+    threads = 32 * (SERVANTS + warps + min(places, 4))
+    if not work.boxed or width % channels or row % 16 or width > 256 or (work.backward and channels * work.size < 8):
         return None
-    if (not per_channel and work.D // work.G % width and work.G > 1) or (cluster > 1 and halo * row % 128):
+    if (work.D // work.G % width and work.G > 1) or (cluster > 1 and halo * row % 128):
         return None
     # Registers, as nvcc uses them: a lane's positions, and what is read of the next line.
     registers = 56 + places * channels * 7 if work.backward else 48 + places * channels * 3
@@ -226,60 +225,78 @@ def make_bulk(
     def up(count: int) -> int:
         return -(-count // 128) * 128
 
-    if work.backward and (per_channel or channels * work.size < 8):
-        return None
     exchange = 4 * warps * (8 + halo * channels * 4) if cluster > 1 else 0
     header = up(4 * MOST_STAGES * 8 + exchange)
     tiles = 1 + work.gates + (1 if work.backward else work.saves and work.gates < 2)
-    stage = tiles * up(batch * span * row) + up(batch * span * taps)
+    stage = tiles * up(batch * span * row) + up(batch * span * SLOT)
     if work.backward:
         stage += up((batch + 1) * span * row)
     stages = min(most_stages, -(-min(work.segment, work.line) // batch) + 1, (shared - header) // stage)
     if stages < 2:
         return None
     slices = -(-work.D // width)
-    parts = slices // work.G if not per_channel else 1
     grid = work.B * work.K * work.segments * slices * cluster
-    sets = channels if per_channel else 1
-    block, bytes_used = (threads, 1), header + stages * stage
-    return Variant(
-        channels, sets, warps, batch, 1, cluster, slices, parts, block, bytes_used, grid, places, halo, span, stages
-    )
+    ring = (places, halo, span, stages, promotion)
+    used = header + stages * stage
+    return Variant(channels, 1, warps, batch, 1, cluster, slices, slices // work.G, (threads, 1), used, grid, *ring)
 
 
-def bulk_cycles(work: Work, v: Variant, device: Device) -> float:
-    """What the forward from boxes would take, from counts: of a line the slower of the copy engine's requests (one for
-    each position and tensor) and of issued instructions; the exchanges; the times the device is filled."""
-    width = v.vec * v.lanes
-    share = -(-work.line // v.cluster)
-    requests: float = v.span * (2 + work.gates) + share
-    scanning = 30 + v.places * (10 + v.vec * (14 if v.sets == 1 else 55))
-    if work.backward:
-        requests = v.span * (4 + work.gates + 1 / v.ahead) + share * (2 + work.gates)
-        scanning *= 2
-    issued = v.lanes * scanning / 4
-    line = max(2.0 * requests * max(1.0, width * work.size / 64), 1.2 * issued, 60 + scanning)
-    line += EXCHANGE_CYCLES / v.halo if v.cluster > 1 else 0
-    # A cluster stays within a group of processors, 16 or 18 of them.
-    at_once = device.processors // 16 * (16 // v.cluster) * v.cluster if v.cluster > 1 else device.processors
-    return -(-v.grid // at_once) * (min(work.segment, work.line) * line + 4 * EXCHANGE_CYCLES)
+class Boxes(NamedTuple):
+    """A row of the table of kernels from boxes, one for each class of shapes that was timed (docs/kernel.md)."""
+
+    backward: bool
+    shortest: int  # positions of a line
+    longest: int
+    positions: int  # of a block, halos included, where clusters may be large enough for that
+    width: int  # most channels of a slice
+    channels: int  # of a lane
+    lines: int  # most of a box
+    halo: int
+    promotion: int
+
+
+BOXES = (
+    Boxes(False, 32, 48, 64, 16, 4, 2, 8, 1),
+    Boxes(False, 49, 64, 64, 16, 4, 4, 8, 2),
+    Boxes(False, 192, 512, 64, 40, 4, 4, 8, 2),
+    Boxes(False, 513, 1280, 64, 40, 2, 4, 8, 0),
+    Boxes(False, 1281, 3840, 64, 40, 4, 4, 8, 0),  # not timed; lanes of two channels spill registers here
+    Boxes(True, 56, 64, 32, 40, 4, 8, 8, 2),
+    Boxes(True, 65, 128, 32, 80, 4, 8, 4, 1),
+    Boxes(True, 129, 512, 32, 48, 4, 8, 4, 1),
+    Boxes(True, 513, 1280, 32, 24, 4, 8, 8, 0),
+)
+SMALL = 64  # positions of a line up to which boxes were timed only with all blocks running at once
+ENOUGH = 64  # blocks: narrower slices are chosen to have them; no fewer were timed
 
 
 def _bulks(work: Work, device: Device) -> Iterator[Variant]:
-    """All that fit."""
-    widths = [w for w in range(8, min(128, -(-work.D // 8) * 8) + 1, 8) if w <= 48 or w % 16 == 0]
-    for width, cluster, halo, batch, channels in itertools.product(widths, range(1, 9), (8, 4), (8, 4, 2), (4, 2)):
-        if cluster == 1 and halo < 8:
-            continue
-        made = make_bulk(work, width, cluster, batch, channels, halo, device.shared)
-        if made is not None:
-            yield made
+    """Kernels from boxes of a small map: as many blocks as run at once first; of others: the widest slices first."""
+    found = [row for row in BOXES if row.backward == work.backward and row.shortest <= work.line <= row.longest]
+    if not (device.boxes and work.boxed and work.size == 2 and min(work.segment, work.line) >= 32 and found):
+        return
+    (row,) = found
+    fitting = (n for n in CLUSTERS if work.line <= n * (row.positions - (2 * row.halo if n > 1 else 0)))
+    cluster = next(fitting, CLUSTERS[-1])
+    unit = 128 // (row.halo * work.size) if cluster > 1 else 8  # a halo begins at whole 128 bytes
+    counts = range(-(-work.D // row.width), -(-work.D // 8) + 1)
+    small = work.line <= SMALL
+    for slices in reversed(counts) if small and not work.backward else counts:
+        width = -(-work.D // (slices * unit)) * unit
+        # Slices of 16 bytes share their sectors, and have too few warps for lanes of two channels.
+        channels, promotion = (row.channels, row.promotion) if width > 8 else (4, 2)
+        for batch in (n for n in (8, 4, 2) if n <= row.lines):
+            made = make_bulk(work, width, cluster, batch, channels, row.halo, device.shared, promotion=promotion)
+            if made and made.stages > 2 and not (small and made.grid > device.processors):
+                yield made
+                break
 
 
 def _candidates(work: Work, device: Device) -> Iterator[Variant]:
     """From the most to the least wanted."""
-    if device.boxes and work.boxed:
-        yield from sorted(_bulks(work, device), key=lambda v: bulk_cycles(work, v, device))
+    boxes = list(_bulks(work, device))
+    yield from (v for v in boxes if v.grid >= ENOUGH)
+    yield from boxes
     clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
     long_lines = []
     for vec, sets in _vectors(work):
@@ -379,7 +396,7 @@ def defines(
             DECAY=int(decay),
         )
         if kernel.startswith("BULK"):
-            del choices["VEC"], choices["LANES"]
+            del choices["VEC"], choices["SETS"], choices["LANES"]
             choices |= dict(WIDTH=variant.vec * variant.lanes, CHANNELS=variant.vec, PLACES=variant.places)
             choices |= dict(BATCH=variant.ahead, HALO=variant.halo, THREADS=-(-threads // 128) * 128)
         else:
@@ -440,7 +457,7 @@ class _Arguments(NamedTuple):
             channels, wide, positions, lines = D, width, variant.span, variant.ahead
             if tensor == 3:
                 channels = t[0, 0, 0].numel()
-                wide = SLOT // size if variant.sets == 1 else 3 * width
+                wide = SLOT // size
             elif tensor > (5 if backward else 3):
                 positions, lines = share, 1
             elif tensor == 4:
@@ -448,7 +465,8 @@ class _Arguments(NamedTuple):
             sizes = (channels, length, H if along else W, directions, B)
             strides = (step[1 + along], step[2 - along], per_direction, step[0])
             box = (wide, positions, lines, 1, 1)
-            made.append(Box(len(tensors) * along + tensor, tensor, t.data_ptr(), sizes, strides, box, size))
+            place = len(tensors) * along + tensor
+            made.append(Box(place, tensor, t.data_ptr(), sizes, strides, box, size, variant.promotion))
         return tuple(made)
 
     def launch(
@@ -612,9 +630,9 @@ def device_limits(index: int) -> Device:
         )
     runtime = _import_cupy().cuda.runtime
     shared = runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, index)
-    # The boxes have not been timed (docs/kernel.md): only who asks for them gets them.
-    asked = os.environ.get("GSPN2_BOXES") == "1" and capability >= (9, 0)
-    return Device(capability, properties.multi_processor_count, shared, asked)
+    # Timed on Hopper only (docs/kernel.md).
+    boxes = capability[0] == 9 and os.environ.get("GSPN2_BOXES") != "0"
+    return Device(capability, properties.multi_processor_count, shared, boxes)
 
 
 _functions: dict[tuple[int, tuple[str, ...]], Any] = {}
@@ -681,7 +699,7 @@ def _encode(box: Box) -> bytes | None:
         words(ctypes.c_uint32, (1,) * len(box.sizes)),
         0,  # not interleaved
         0,  # not swizzled
-        L2_PROMOTION,
+        box.promotion,
         0,  # zeros beyond the tensor
     )
     return None if refused else ctypes.string_at(address, MAP_BYTES)
@@ -693,7 +711,7 @@ _templates: dict[Box, tuple[bytes, int | None]] = {}
 def _template(box: Box) -> tuple[bytes, int | None]:
     """A TensorMap for `box` at any address, and where in it the address is: the word by which two of them differ. None
     where this driver keeps it in another way."""
-    key = box._replace(address=L2_PROMOTION)
+    key = box._replace(address=0)
     if key not in _templates:
         addresses = box.address, box.address + (1 << 21)
         maps = [_encode(box._replace(address=address)) for address in addresses]

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from gspn2_diffusion.ops import gspn2_scan, gspn2_scan_reference
+from gspn2_diffusion.ops import cuda, gspn2_scan, gspn2_scan_reference
 
 from ..scan_cases import CASES, Case, assert_close, gradients, make_inputs
 
@@ -23,6 +23,34 @@ LONG = [
     Case(1, 200, 300, 16, fused=True),
     Case(1, 300, 3, 40, 2, segment=7, merge="sum", gates="shared"),
 ]
+# Each row of the launcher's table of boxes, and the passes that take it on Hopper: with clusters and without, segments,
+# groups, gates, sums, a ragged last share.
+BOXES = [
+    (Case(2, 32, 32, 160, fused=True), ["BULK"]),
+    (Case(2, 64, 64, 80, fused=True), ["BULK", "BULK_BACKWARD"]),
+    (Case(1, 57, 60, 24, directions=("left", "up"), gates="lam", fused=True, decay=True), ["BULK", "BULK_BACKWARD"]),
+    (Case(2, 40, 128, 160, fused=True), ["BULK_BACKWARD"]),
+    (Case(1, 100, 256, 80, merge="sum", gates="shared", fused=True), ["BULK", "BULK_BACKWARD"]),
+    (Case(1, 200, 90, 32, 2, ("down", "right"), "softmax", 50, fused=True), ["BULK", "BULK_BACKWARD"]),
+    (Case(1, 40, 1024, 40, fused=True, decay=True), ["BULK", "BULK_BACKWARD"]),
+    (Case(1, 601, 48, 8, segment=100, merge="sum", gates="lam", fused=True), ["BULK", "BULK_BACKWARD"]),
+    (Case(1, 30, 2048, 16, segment=300, fused=True), ["BULK"]),
+]
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def boxed(monkeypatch) -> list[str]:
+    """The kernels from boxes that are launched."""
+    launched: list[str] = []
+    execute = cuda._execute
+
+    def record(launch: cuda.Launch) -> None:
+        launched.extend([launch.kernel.removeprefix("gspn2_").upper()] * bool(launch.boxes))
+        execute(launch)
+
+    monkeypatch.setattr(cuda, "_execute", record)
+    return launched
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +79,57 @@ def check(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cuda") -
 @pytest.mark.parametrize("case", CASES + LONG, ids=str)
 def test_matches_float64(case, dtype):
     check(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("case", "kernels"), BOXES, ids=[str(case) for case, _ in BOXES])
+def test_boxes_match_float64(case, kernels, dtype, boxed):
+    check(case, dtype)
+    assert boxed == (kernels if cuda.device_limits(0).boxes else [])
+
+
+@pytest.mark.parametrize("case", [BOXES[1][0], BOXES[4][0]], ids=str)
+def test_without_boxes_by_the_environment(case, boxed, monkeypatch):
+    monkeypatch.setenv("GSPN2_BOXES", "0")
+    limits = cuda.device_limits.__wrapped__(0)
+    assert not limits.boxes
+    monkeypatch.setattr(cuda, "device_limits", lambda index: limits)
+    check(case, torch.bfloat16)
+    assert not boxed
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_shapes_of_boxes(part, boxed):
+    """64 shapes for which the table has boxes; the seed is printed and makes a failing one repeatable."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"part {part}: seed {seed}")
+    generator = random.Random(seed)
+    D = generator.choice([8, 16, 24, 40, 64, 80, 160])
+    row = generator.choice(cuda.BOXES)
+    for number in range(8):
+        line = generator.randint(row.shortest, min(row.longest, 1500))
+        sides = [line, generator.randint(1, min(line, 1 + 300_000 // (line * D)))]
+        generator.shuffle(sides)
+        gates = generator.choice(["each", "shared", "lam", "none"])
+        case = Case(
+            generator.randint(1, 2),
+            *sides,
+            D,
+            generator.choice([g for g in (1, 1, 2, 5) if D % (8 * g) == 0]),
+            tuple(generator.sample(("right", "left", "down", "up"), generator.randint(1, 4))),
+            generator.choice(["sigmoid", "softmax"]),
+            generator.choice([None, 32, 100]) if line <= 300 else generator.choice([32, 100, 250]),
+            generator.choice(["concat", "sum"]),
+            gates,
+            gates != "none" and generator.random() < 0.2,
+            True,
+        )
+        dtype = generator.choice(HALF)
+        try:
+            check(case, dtype, seed=number)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, number {number}: {case} {dtype}") from error
+    assert boxed or not cuda.device_limits(0).boxes
 
 
 def test_float64_on_the_gpu_equals_the_reference():
@@ -92,7 +171,7 @@ def test_random_shapes_types_and_strides(part):
             raise AssertionError(f"seed {seed}, number {number}: {case} {dtype}") from error
 
 
-@pytest.mark.parametrize("case", [CASES[6], CASES[9], LONG[0], LONG[3]], ids=str)
+@pytest.mark.parametrize("case", [CASES[6], CASES[9], LONG[0], LONG[3], *(case for case, _ in BOXES[:5])], ids=str)
 def test_same_bits_twenty_times(case):
     inputs = make_inputs(case, torch.bfloat16, device="cuda")
     first = None
