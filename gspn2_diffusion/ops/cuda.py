@@ -260,7 +260,7 @@ BOXES = (
     Boxes(False, 49, 64, 64, 16, 4, 4, 8, 2),
     Boxes(False, 192, 512, 64, 40, 4, 4, 8, 2),
     Boxes(False, 513, 1280, 64, 40, 2, 4, 8, 0),
-    Boxes(False, 1281, 3840, 64, 40, 4, 4, 8, 0),  # not timed; lanes of two channels spill registers here
+    Boxes(False, 1281, 3072, 64, 40, 4, 4, 8, 0),  # not timed; lanes of two channels spill registers here
     Boxes(True, 56, 64, 32, 40, 4, 8, 8, 2),
     Boxes(True, 65, 128, 32, 80, 4, 8, 4, 1),
     Boxes(True, 129, 512, 32, 48, 4, 8, 4, 1),
