@@ -1,6 +1,7 @@
 """Run the scan's kernels over awkward shapes under compute-sanitizer's four tools.
 
 python benchmarks/sanitize.py
+python benchmarks/sanitize.py --boxes
 """
 
 import argparse
@@ -24,6 +25,27 @@ SHAPES = [
     (1, 3, 600, 8, 8, None, "concat", False, 1),
     (1, 1100, 2, 8, 1, None, "concat", True, 4),
 ]
+# For which the table has boxes on Hopper: one block to a line, clusters of 4 to 16, empty blocks, ragged slices.
+BOXED = [
+    (1, 5, 57, 24, 1, None, "concat", True, 4),
+    (1, 9, 64, 40, 1, None, "sum", True, 4),
+    (1, 100, 3, 48, 1, 40, "concat", True, 4),
+    (1, 4, 200, 32, 2, None, "concat", False, 4),
+    (1, 3, 600, 8, 1, None, "concat", True, 2),
+]
+
+
+def boxed_work() -> None:
+    """Inputs as they come out of the layer's projection: aligned views of one tensor."""
+    for B, H, W, D, G, segment, merge, gated, K in BOXED:
+        widths = [D, K * D, K * D * gated, K * G * 3]
+        row = torch.rand(B, H, W, -(-sum(widths) // 8) * 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        x, lam, u, logits = row[..., : sum(widths)].split(widths, -1)
+        gates = [g.unflatten(-1, (K, D)) if g.shape[-1] else None for g in (lam, u)]
+        directions = ("right", "left", "down", "up")[-K:]
+        options = dict(directions=directions, segment=segment, merge=merge)
+        gspn2_scan(x, *gates, logits.unflatten(-1, (K, G, 3)), **options).sum().backward()
+    torch.cuda.synchronize()
 
 
 def work() -> None:
@@ -41,10 +63,11 @@ def work() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--boxes", action="store_true", help="the shapes that have boxes, not the others")
     parser.add_argument("--work", action="store_true", help="run the shapes, without a tool")
     args = parser.parse_args()
     if args.work:
-        return work()
+        return boxed_work() if args.boxes else work()
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise SystemExit("compute-sanitizer is not on the PATH; install the CUDA toolkit that has it.")
@@ -54,7 +77,8 @@ def main() -> None:
         command = [sanitizer, "--tool", tool, "--kernel-name", "kns=gspn2_", "--error-exitcode", "1"]
         if tool == "synccheck":  # each block has four, and the tool follows few of them unless told
             command += ["--num-cuda-barriers", "65536"]
-        done = subprocess.run([*command, sys.executable, __file__, "--work"], capture_output=True, text=True)
+        command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes]
+        done = subprocess.run(command, capture_output=True, text=True)
         print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)
         if done.returncode:
             failed.append(tool)
