@@ -48,6 +48,7 @@ SHAPES = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LONGEST_LOOP = 128  # lines: beyond, compiling the unrolled torch loop takes minutes
+LONG = 1.0  # seconds of a call: beyond, it is timed once, without a graph
 MOST_TOKENS = 70_000  # beyond, softmax attention alone would take the whole run
 
 
@@ -57,10 +58,14 @@ class Timer:
 
     def __call__(self, work: Callable[[int], object], sets: int = 1) -> float:
         """Median seconds of `work(i)`, i cycling over `sets` inputs: of graph replays on a GPU, of calls on a CPU."""
+        if self.device.type == "cpu":
+            work(0)
+            return self._median(lambda: work(0), 1)
+        once = [self._once(lambda: work(0)) for _ in range(2)][-1]
+        if once > LONG:
+            return once
         for i in range(2 * sets):
             work(i % sets)
-        if self.device.type == "cpu":
-            return self._median(lambda: work(0), 1)
         # A graph of several calls hides the launch gaps; enough input sets keep the second-level cache cold.
         calls = max(sets, 8)
         torch.cuda.synchronize()
@@ -71,21 +76,20 @@ class Timer:
         graph.replay()
         return self._median(graph.replay, calls)
 
-    def _median(self, work: Callable[[], object], calls: int) -> float:
-        times = []
-        for _ in range(self.repeats):
-            if self.device.type == "cpu":
-                start = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - start)
-                continue
-            start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start_event.record()
+    def _once(self, work: Callable[[], object]) -> float:
+        if self.device.type == "cpu":
+            start = time.perf_counter()
             work()
-            end_event.record()
-            end_event.synchronize()
-            times.append(start_event.elapsed_time(end_event) / 1e3)
-        return median(times) / calls
+            return time.perf_counter() - start
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        work()
+        end_event.record()
+        end_event.synchronize()
+        return start_event.elapsed_time(end_event) / 1e3
+
+    def _median(self, work: Callable[[], object], calls: int) -> float:
+        return median(self._once(work) for _ in range(self.repeats)) / calls
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor | None]:
