@@ -78,10 +78,7 @@ def load_pipeline(
     path = tiny_scenes_path() if shipped else model
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-    try:
-        pipe = open_pipeline(path, dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The model {model} could not be loaded: {_first_sentence(error)}") from error
+    pipe = open_pipeline(path, dtype)
     if isinstance(adapter, str) and adapter == ATTENTION:
         return pipe.to(device), None
     if adapter is None and shipped and config is None:
@@ -101,11 +98,17 @@ def open_pipeline(path: str | os.PathLike[str], dtype: torch.dtype, **options: A
         path: a folder or a hub id.
         dtype: of the weights.
         options: `revision`, `variant`.
+
+    Raises:
+        UserError: the pipeline is not there or cannot be read.
     """
     revision = {"revision": options.get("revision")} if "revision" in options else {}
-    parts = DiffusionPipeline.load_config(path, **revision)
-    absent = {name: None for name, value in parts.items() if isinstance(value, list) and value[:1] == [None]}
-    return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **{DTYPE_KEY: dtype}, **absent, **options)
+    try:
+        parts = DiffusionPipeline.load_config(path, **revision)
+        absent = {name: None for name, value in parts.items() if isinstance(value, list) and value[:1] == [None]}
+        return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **{DTYPE_KEY: dtype}, **absent, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The model {path} could not be loaded: {_first_sentence(error)}") from error
 
 
 def check_size(pipe: Any, height: int | None, width: int | None) -> None:

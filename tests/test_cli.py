@@ -75,6 +75,7 @@ def test_compare_shows_both(model, tmp_path):
         (["a", "--adapter", "/nowhere/at/all"], "adapter could not be applied"),
         (["a", "--out", "/dev/null/folder"], "cannot be written to"),
         (["a", "b", "--out", "one.png"], "names one file for 2 pictures"),
+        (["a", "--out", "one.jpg"], "names a .jpg file; pictures are PNG"),
         (["a", "--device", "cuda"], "CUDA was asked for"),
         (["a", "--device", "toaster"], "is not one that PyTorch knows"),
         (["a", "--adapter", "none", "--compare"], "needs an adapter"),
@@ -94,7 +95,18 @@ def test_mistakes_are_explained_in_a_sentence_and_nothing_is_written(
     assert not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize("option", [["--steps", "-1"], ["--steps", "x"], ["--hieght", "64"], ["--seed", "-1"]], ids=str)
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--steps", "-1"],
+        ["--steps", "x"],
+        ["--hieght", "64"],
+        ["--seed", "-1"],
+        ["--guidance-scale", "nan"],
+        ["--guidance-scale", "x"],
+    ],
+    ids=str,
+)
 def test_misspelt_and_impossible_options_are_refused(option, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", "a", *option])
@@ -129,6 +141,22 @@ def test_distill_hands_its_flags_to_the_training_script(capsys):
     with pytest.raises(SystemExit):
         main(["distill", "--help"])
     assert "--max_train_steps" in capsys.readouterr().out
+
+
+def test_distill_explains_mistakes_in_a_sentence(model, tmp_path, capsys):
+    def complaint(*flags):
+        assert main(["distill", *flags, "--output_dir", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    data = "--train_data_dir", str(tmp_path)
+    assert "has no metadata.jsonl" in complaint("--pretrained_model_name_or_path", model[1], *data)
+    assert "could not be loaded" in complaint("--pretrained_model_name_or_path", "/nowhere/at/all", *data)
+
+
+def test_the_demo_refuses_a_port_that_cannot_be(capsys):
+    pytest.importorskip("gradio")
+    assert main(["demo", "--port", "99999", "--device", "cpu"]) == 2
+    assert "cannot listen on 127.0.0.1, port 99999" in capsys.readouterr().err
 
 
 def test_plan_prints_time_and_memory(model, capsys):

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from gspn2_diffusion.assets import tiny_scenes_path
 from gspn2_diffusion.cli import main
 from gspn2_diffusion.evaluation import EvalPrompt, draw, evaluate_pipeline, load_prompts
+from gspn2_diffusion.loading import UserError
 
 from . import tiny_models
 from .training_runs import free_port, start_command
@@ -78,5 +79,5 @@ def test_transformers_are_drawn_from_the_seed_and_prompt_too() -> None:
 def test_bad_input_is_refused_before_anything_is_generated(pipe) -> None:
     with pytest.raises(ValueError, match="names no shape"):
         evaluate_pipeline(pipe, [EvalPrompt("a circle", "x"), EvalPrompt("an astronaut", "x")])
-    with pytest.raises(ValueError, match="height 100 is not divisible by 8"):
+    with pytest.raises(UserError, match="height is 100; this model needs a multiple of 8"):
         evaluate_pipeline(pipe, load_prompts(limit=1), height=100)

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
-from gspn2_diffusion.training import TextToImageArguments, TrainingArguments, parse_args, train, trainer
+from gspn2_diffusion.training import TextToImageArguments, TrainingArguments, parse_args, report, train, trainer
 from gspn2_diffusion.training.arguments import make_parser
 from gspn2_diffusion.training.data import Rows
 from gspn2_diffusion.training.encode import target_sizes
@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _light_and_clean(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Without the report, which takes longer than the run and has tests of its own; accelerate's state reset."""
-    monkeypatch.setattr(trainer, "write_report", lambda folder: folder)
+    monkeypatch.setattr(report, "write_report", lambda folder: folder)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

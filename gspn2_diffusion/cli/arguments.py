@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 from ..loading import DTYPES, GUIDANCE_SCALE, SHIPPED
@@ -23,6 +24,17 @@ def whole_number(at_least: int) -> Callable[[str], int]:
     return parse
 
 
+def finite(text: str) -> float:
+    """An argparse type: a number that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
 def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     """--model, --adapter, --device, --dtype, --steps, --guidance-scale."""
     parser.add_argument("--model", default=SHIPPED, help="folder or hub id of a diffusers pipeline (default: shipped)")
@@ -32,7 +44,7 @@ def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=whole_number(1), default=25, help="denoising steps (default: 25)")
     parser.add_argument(
         "--guidance-scale",
-        type=float,
+        type=finite,
         default=GUIDANCE_SCALE,
         help=f"classifier-free guidance (default: {GUIDANCE_SCALE:g})",
     )

@@ -13,4 +13,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..training import parse_args, train
 
-    train(parse_args(argv=args.flags))
+    train(parse_args(argv=args.flags, prog="gspn2 distill"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import Image
 
 from ..compiling import CompileError, compiled
 from ..loading import UserError, check_size, default_size, writable_folder
@@ -39,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError('There is no prompt; give one, such as gspn2 generate "a red circle above a blue square".')
     jobs = [(prompt, args.seed + index) for prompt in prompts for index in range(args.num_images)]
     single = Path(args.out) if args.out.lower().endswith(".png") else None
+    if single is None and (suffix := Path(args.out).suffix.lower()) in Image.registered_extensions():
+        raise UserError(f"--out names a {suffix} file; pictures are PNG: give a folder or a .png file.")
     if single and len(jobs) > 1:
         raise UserError(f"--out names one file for {len(jobs)} pictures; give a folder.")
     folder = writable_folder(single.parent if single else args.out)

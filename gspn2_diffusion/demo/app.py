@@ -438,7 +438,7 @@ def launch(
             quiet=True,
             **_styling(gr.Blocks.launch),
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # taken, forbidden, or beyond 65535
         raise UserError(f"The demo cannot listen on {host}, port {port or '7860 to 7959'}; choose another.") from error
     except ValueError as error:  # Gradio's own look at the page
         raise UserError(

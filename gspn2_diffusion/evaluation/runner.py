@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..assets import scene_eval_prompts_path
-from ..loading import GUIDANCE_SCALE, default_size, exact_size
+from ..loading import GUIDANCE_SCALE, check_size, default_size, exact_size
 from ..patching.families import find_model
 from .scene_eval import judge
 from .vocabulary import parse_prompt
@@ -182,14 +182,10 @@ def _gather(items: list[Any]) -> list[Any]:
 
 
 def picture_size(pipe, height: int | None, width: int | None) -> tuple[int, int]:
-    """The sides asked for, in pixels; None is the model's own. Raises ValueError for a side that the VAE's factor does
-    not divide."""
+    """The sides asked for, in pixels; None is the model's own. Raises UserError as `check_size` does."""
+    check_size(pipe, height, width)
     own = default_size(pipe)
-    size = height or own[0], width or own[1]
-    for name, value in zip(("height", "width"), size, strict=True):
-        if value % pipe.vae_scale_factor:
-            raise ValueError(f"{name} {value} is not divisible by {pipe.vae_scale_factor}, the VAE's factor; round it")
-    return size
+    return height or own[0], width or own[1]
 
 
 @torch.no_grad()
@@ -260,8 +256,8 @@ def evaluate_pipeline(
     """Generate a picture for every prompt and seed (see `draw`) and judge each.
 
     `prompts` None: all 600 held-out prompts. Under several processes every one returns the same records; the pictures
-    are kept on the first. `save_to` writes them to a folder too. Raises ValueError for a prompt that names no shape or
-    for a side that the VAE's factor does not divide, before anything is generated.
+    are kept on the first. `save_to` writes them to a folder too. Raises ValueError for a prompt that names no shape and
+    UserError for a side that does not fit the model, before anything is generated.
     """
     prompts = load_prompts() if prompts is None else list(prompts)
     height, width = picture_size(pipe, height, width)

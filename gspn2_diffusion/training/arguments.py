@@ -13,7 +13,12 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..layers import GSPN2Config
-from ..loading import SHIPPED
+from ..loading import SHIPPED, UserError
+
+
+class TrainingError(UserError, ValueError):
+    """Options, data or a model that cannot be trained with; the message states the fact and the remedy."""
+
 
 # What new layers are made of; an adapter has its own.
 LAYER_OPTIONS = (
@@ -258,7 +263,10 @@ class TrainingArguments:
 
     def operator_config(self) -> GSPN2Config:
         """The options of new layers."""
-        proxy_dim: float | int = float(self.proxy_dim) if "." in self.proxy_dim else int(self.proxy_dim)
+        try:
+            proxy_dim: float | int = float(self.proxy_dim) if "." in self.proxy_dim else int(self.proxy_dim)
+        except ValueError as error:
+            raise ValueError(f"--proxy_dim is {self.proxy_dim}; it must be a whole number or a ratio.") from error
         return GSPN2Config(
             proxy_dim=proxy_dim,
             gates=self.gates,
@@ -288,19 +296,24 @@ class TextToImageArguments(TrainingArguments):
     layer_loss_weight: float = _help("Weight of the loss against the outputs of the teacher's attentions.", 0.0)
 
 
-def make_parser(kind: type[TrainingArguments] = TrainingArguments) -> HfArgumentParser:
+def make_parser(kind: type[TrainingArguments] = TrainingArguments, prog: str | None = None) -> HfArgumentParser:
     """The parser of a training script's flags."""
-    parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)  # type: ignore[arg-type]
+    summary = (kind.__doc__ or "").partition("\n")[0]
+    # argparse's own usage lists some 80 flags, above which an error's message would scroll away.
+    usage = "%(prog)s --FLAG VALUE ... (--help lists them)"
+    parser = HfArgumentParser(kind, prog=prog, usage=usage, description=summary, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file of flags.")
     return parser
 
 
-def parse_args(kind: type[TrainingArguments] = TrainingArguments, argv: list[str] | None = None) -> TrainingArguments:
+def parse_args(
+    kind: type[TrainingArguments] = TrainingArguments, argv: list[str] | None = None, prog: str | None = None
+) -> TrainingArguments:
     """Command line -> options. `--config FILE.yaml` holds any of the flags; those on the command line win.
 
     A flag or key that does not exist, or an abbreviation of one that does, ends the program with a message.
     """
-    parser = make_parser(kind)
+    parser = make_parser(kind, prog)
     first, _ = parser.parse_known_args(argv)
     if first.config:
         try:

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapter import GSPN2Adapter
+from ..loading import UserError
 from .rollout import Rollout
 
 logger = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ PREFIX = "checkpoint-"
 PARTIAL = ".partial"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or read."""
 
 
@@ -78,15 +81,11 @@ class Checkpoints:
             self.accelerator.save_state(str(partial / "deepspeed"))
             self.accelerator.wait_for_everyone()
         if self.rollout is not None:
-            try:
-                partial.mkdir(parents=True, exist_ok=True)
+            with self._writing(step, partial):
                 save_file(self.rollout.state_dict(), partial / self._rollout_name())
-            except (OSError, SafetensorError) as error:
-                raise self._failure(step, partial, error) from error
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            try:
-                partial.mkdir(parents=True, exist_ok=True)
+            with self._writing(step, partial):
                 adapter.save_pretrained(partial / "adapter")
                 save_file(tensors, partial / "optimizer.safetensors")
                 (partial / "state.json").write_text(json.dumps(state, indent=2))
@@ -95,21 +94,24 @@ class Checkpoints:
                     shutil.rmtree(final)
                 os.rename(partial, final)
                 _sync_folder(self.folder)
-            except (OSError, SafetensorError) as error:
-                raise self._failure(step, partial, error) from error
             if self.limit is not None:
                 for old in checkpoints(self.folder)[: -self.limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _failure(self, step: int, partial: Path, error: Exception) -> CheckpointError:
-        shutil.rmtree(partial, ignore_errors=True)
-        older = checkpoints(self.folder)
-        kept = f"{older[-1].name} is intact" if older else "no earlier one exists"
-        return CheckpointError(
-            f"Checkpoint {step} could not be written to {self.folder} ({error}); {kept}. "
-            "Free some space and run again with --resume_from_checkpoint latest."
-        )
+    @contextmanager
+    def _writing(self, step: int, partial: Path) -> Iterator[None]:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            yield
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            older = checkpoints(self.folder)
+            kept = f"{older[-1].name} is intact" if older else "no earlier one exists"
+            raise CheckpointError(
+                f"Checkpoint {step} could not be written to {self.folder} ({error}); {kept}. "
+                "Free some space and run again with --resume_from_checkpoint latest."
+            ) from error
 
     def _rollout_name(self) -> str:
         return f"rollout-{self.accelerator.process_index}.safetensors"

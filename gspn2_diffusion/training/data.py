@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, TrainingError
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -41,7 +41,7 @@ class Rows:
         total = len(self.records)
         self.length = min(total, args.max_train_samples or total)
         if not self.length:
-            raise ValueError("The data set is empty; training needs at least one captioned image.")
+            raise TrainingError("The data set is empty; training needs at least one captioned image.")
 
     def __len__(self) -> int:
         return self.length
@@ -62,7 +62,7 @@ def _folder(folder: Path, caption_column: str) -> list[Row]:
     """An image folder as `datasets` defines it. Read directly: its builder takes a minute for 40,000 files."""
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
-        raise ValueError(
+        raise TrainingError(
             f"{folder} has no metadata.jsonl; write one line for each image: "
             '{"file_name": "0.png", "text": "its caption"}.'
         )
@@ -74,7 +74,7 @@ def _folder(folder: Path, caption_column: str) -> list[Row]:
             record = json.loads(line)
             rows.append(Row(record["file_name"], folder / record["file_name"], str(record[caption_column])))
         except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(
+            raise TrainingError(
                 f"{metadata} line {number}: {error!r}; needed are file_name and {caption_column}."
             ) from error
     return rows
@@ -88,7 +88,7 @@ def _dataset(args: TrainingArguments) -> Any:
     )
     for column in (args.image_column, args.caption_column):
         if column not in dataset.column_names:
-            raise ValueError(f"The dataset has no column {column!r}; it has {', '.join(dataset.column_names)}.")
+            raise TrainingError(f"The dataset has no column {column!r}; it has {', '.join(dataset.column_names)}.")
     dataset = dataset.select_columns([args.image_column, args.caption_column])
     # Decoded by us, one at a time: a broken image must not end the run.
     return dataset.cast_column(args.image_column, datasets.Image(decode=False))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..loading import check_size, default_size, exact_size
 from ..patching.families import find_model
 from ..patching.grid import arguments_by_name
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, TrainingError
 from .data import Rows, Size, bucket_sizes, fit, fitting_size, open_picture
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Conditioner:
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.denoiser = pipe, find_model(pipe)
         if not set(TRAINABLE) & {cls.__name__ for cls in type(self.denoiser).__mro__}:
-            raise ValueError(
+            raise TrainingError(
                 f"Training of {type(self.denoiser).__name__} is not tested yet; it is for {', '.join(TRAINABLE)}."
             )
         pipe.set_progress_bar_config(disable=True)
@@ -113,7 +113,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
         elif isinstance(value, Tensor):
             flat[prefix + name] = value
         elif value is not None:
-            raise ValueError(
+            raise TrainingError(
                 f"The pipeline gives its denoiser {prefix}{name}={value!r}, which pre-encoding cannot store; "
                 "this model is not supported for training yet."
             )
@@ -214,7 +214,7 @@ def _claim(folder: Path, args: TrainingArguments, rows: Rows, sizes: list[Size])
             f"{key} {found.get(key)!r}, now {value!r}" for key, value in identity.items() if found.get(key) != value
         ]
         if differing:
-            raise ValueError(
+            raise TrainingError(
                 f"{folder} is the cache of another run ({'; '.join(differing)}); delete it or pass another --cache_dir."
             )
     else:
@@ -282,7 +282,7 @@ def _stored(value: Tensor, args: TrainingArguments, name: str) -> Tensor:
         return value
     stored = value.to(getattr(torch, args.cache_dtype))
     if not torch.isfinite(stored).all():
-        raise ValueError(
+        raise TrainingError(
             f"{name} is NaN or beyond {args.cache_dtype} after encoding; "
             "use --cache_dtype bfloat16, or float32, or a VAE that works in half precision."
         )
@@ -346,7 +346,7 @@ class EncodedDataset(torch.utils.data.Dataset):
                 size, _, name = key.split("/")
                 self.empty.setdefault(size, {})[name] = empty.get_tensor(key)
         if not self.places:
-            raise ValueError(f"None of the {len(self.broken)} images of the data set could be read.")
+            raise TrainingError(f"None of the {len(self.broken)} images of the data set could be read.")
 
     def __len__(self) -> int:
         return len(self.places)

@@ -9,6 +9,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import Tensor
 
+from .arguments import TrainingError
+
 
 class Objective:
     """Noising and targets of one model.
@@ -45,12 +47,14 @@ class Objective:
             self.scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
             self.kind = "flow"
             if snr_gamma is not None:
-                raise ValueError("--snr_gamma has no meaning for flow matching; use --weighting_scheme.")
+                raise TrainingError("--snr_gamma has no meaning for flow matching; use --weighting_scheme.")
         else:
             self.scheduler = DDPMScheduler.from_config(scheduler.config)
             self.kind = self.scheduler.config.prediction_type
             if self.kind not in ("epsilon", "v_prediction"):
-                raise ValueError(f"prediction_type {self.kind!r} is not supported; use epsilon, v_prediction or flow.")
+                raise TrainingError(
+                    f"prediction_type {self.kind!r} is not supported; use epsilon, v_prediction or flow."
+                )
         self.steps = self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator) -> int:

@@ -27,11 +27,10 @@ from ..assets import tiny_scenes_path
 from ..loading import SHIPPED, open_pipeline
 from ..patching import apply_gspn2, gspn2_disabled, remove_gspn2
 from ..patching.families import find_model
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, TrainingError
 from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy
 from .encode import EncodedDataset, encode_dataset
 from .objective import Objective
-from .report import STEM, write_report
 from .rollout import Rollout
 from .sampling import BatchOrder, PlacedSamples, StepSampler, held_out, loader, to_device
 from .student import StudentStep
@@ -54,7 +53,7 @@ def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
     Raises:
         CheckpointError: a checkpoint could not be written or read.
         FloatingPointError: the loss stays NaN or infinite.
-        ValueError: options and data or model do not go together.
+        TrainingError: options and data or model do not go together.
     """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,9 +66,11 @@ def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > accelerator.num_processes == 1:
         # Each would train alone and write to the same folder.
-        raise ValueError(f"{started} processes were started without a GPU to join them; use `accelerate launch --cpu`.")
+        raise TrainingError(
+            f"{started} processes were started without a GPU to join them; use `accelerate launch --cpu`."
+        )
     if args.report_to and not accelerator.log_with:
-        raise ValueError(f"--report_to {args.report_to} needs the package {args.report_to}; install it.")
+        raise TrainingError(f"--report_to {args.report_to} needs the package {args.report_to}; install it.")
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -104,7 +105,7 @@ def _fit_backend(args: TrainingArguments, accelerator: Accelerator) -> None:
     for flag, used in (("layerwise_steps", args.layerwise_steps), ("validation_prompts", args.validation_prompts)):
         if kind == DistributedType.FSDP and used:
             # Both run parts of the model by themselves, without the hooks that gather their weights.
-            raise ValueError(f"--{flag} does not work with FSDP; leave it out, or use DDP or DeepSpeed.")
+            raise TrainingError(f"--{flag} does not work with FSDP; leave it out, or use DDP or DeepSpeed.")
     if kind == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
 
@@ -293,6 +294,8 @@ class _Run:
             with gspn2_disabled(self.student.denoiser):
                 taught = self._pictures()
                 make_image_grid(taught, 1, len(taught)).save(folder / "teacher.png")
+        from .report import STEM
+
         pictures = self._pictures()
         make_image_grid(pictures, 1, len(pictures)).save(folder / f"{STEM}{done:06d}.png")
         for tracker in self.accelerator.trackers:
@@ -334,6 +337,9 @@ class _Run:
         return output, layers
 
     def _finish(self) -> None:
+        # Here, as `python -m gspn2_diffusion.training.report` would otherwise find itself imported already.
+        from .report import write_report
+
         adapter = full_copy(self.adapter, self.ema.shadow_params if self.ema is not None else None)
         if self.accelerator.is_main_process:
             adapter.save_pretrained(self.folder)
