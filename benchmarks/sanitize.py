@@ -77,6 +77,8 @@ def main() -> None:
         command = [sanitizer, "--tool", tool, "--kernel-name", "kns=gspn2_", "--error-exitcode", "1"]
         if tool == "synccheck":  # each block has four, and the tool follows few of them unless told
             command += ["--num-cuda-barriers", "65536"]
+        if tool == "racecheck":  # a stage's readers tell the storing warp, and only that one the loading warp
+            command += ["--racecheck-indirect-barrier-dependency", "yes"]
         command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes]
         done = subprocess.run(command, capture_output=True, text=True)
         print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)
