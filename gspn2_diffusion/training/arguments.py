@@ -127,7 +127,9 @@ class TrainingArguments:
 
     # On-policy states
     guided_loss_weight: float = _help(
-        "Weight of the loss against the teacher's guided output, over the squared guidance scale, in these states.", 1.0
+        "Weight of the loss against the teacher's guided output, over the squared guidance scale, in the states of "
+        "--rollout_share.",
+        1.0,
     )
     rollout_share: float = _help(
         "Share of the samples whose place is taken by states of the student's own guided sampling, one denoising step "
