@@ -142,7 +142,8 @@ class GSPN2UpscalePipeline(DiffusionPipeline):
             if name not in AUTO_IMAGE2IMAGE_PIPELINES_MAPPING:
                 continue
             modules, options = stock._get_signature_keys(stock)
-            required = set(modules) - set(stock._optional_components)
+            # SD3 runs, and is saved, without T5 too, though diffusers does not call it optional.
+            required = set(modules) - set(stock._optional_components) - {"text_encoder_3", "tokenizer_3"}
             types = stock._get_signature_types()
             models = [
                 n for n, c in components.items() if isinstance(c, torch.nn.Module) and n in ("unet", "transformer")

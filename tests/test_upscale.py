@@ -123,6 +123,12 @@ def test_loads_as_custom_pipeline(pipe, tmp_path):
     assert all(p.unet is loaded.unet for p in loaded.stock_pipelines)
 
 
+def test_loads_as_custom_pipeline_without_t5(tmp_path):
+    sd3_pipe().save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=gspn2_upscale.__file__, trust_remote_code=True)
+    assert type(loaded.stock_pipelines[0]) is StableDiffusion3Pipeline
+
+
 def test_equals_the_stock_pipelines_by_hand(pipe):
     """Two stages written out with the stock pipelines."""
     text2img, img2img = pipe.stock_pipelines
