@@ -96,7 +96,8 @@ def test_joint_stage_ends_in_a_pipeline(monkeypatch, data, tmp_path) -> None:
     assert len(result.records) == 2 and result.settings["height"] == 128
 
 
-def test_the_joint_models_text_encoder_is_the_trained_one() -> None:
+def test_the_joint_models_text_encoder_is_the_trained_one(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / "tiny_model")
     import models
     from transformers import CLIPTextModel, CLIPTokenizer
 
