@@ -171,6 +171,45 @@ GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const
     }
 }
 
+// What the neighbours of a cluster scanned of their own positions, into the halos of a scanning warp's state.
+template <typename R, int HALO, int PLACES, int CHANNELS>
+GSPN2_DEVICE void receive_edges(const Reach& reach, int exchange, int warp, float (&value)[PLACES][CHANNELS]) {
+    const int lane = threadIdx.x % 32;
+    if (reach.from_low) {
+        if (lane == 0) signal_expect(R::signal(exchange, 0, warp), HALO * CHANNELS * 4);
+        signal_wait(R::signal(exchange, 0, warp), (exchange - 1) / 2 & 1);
+    }
+    if (reach.from_high) {
+        if (lane == 0) signal_expect(R::signal(exchange, 1, warp), reach.from_high * CHANNELS * 4);
+        signal_wait(R::signal(exchange, 1, warp), (exchange - 1) / 2 & 1);
+    }
+#pragma unroll
+    for (int k = 0; k < PLACES; ++k) {
+        const int position = lane * PLACES + k, beyond = position - reach.low - reach.owned;
+        if (position < reach.from_low) load_vector<float, CHANNELS>(value[k], R::inbox(exchange, 0, warp) + position * CHANNELS);
+        if (beyond >= 0 && beyond < reach.from_high) {
+            load_vector<float, CHANNELS>(value[k], R::inbox(exchange, 1, warp) + beyond * CHANNELS);
+        }
+    }
+}
+
+// The edges of the own positions, into the neighbours' halos.
+template <typename R, int HALO, int PLACES, int CHANNELS>
+GSPN2_DEVICE void send_edges(const Reach& reach, int rank, int exchange, int warp, const float (&value)[PLACES][CHANNELS]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < PLACES; ++k) {
+        const int position = lane * PLACES + k - reach.low, from_end = position - (reach.owned - HALO);
+        if (position < 0 || position >= reach.owned) continue;
+        if (reach.from_low && position < HALO) {
+            send<CHANNELS>(R::inbox(exchange, 1, warp) + position * CHANNELS, value[k], R::signal(exchange, 1, warp), rank - 1);
+        }
+        if (reach.from_high && from_end >= 0) {
+            send<CHANNELS>(R::inbox(exchange, 0, warp) + from_end * CHANNELS, value[k], R::signal(exchange, 0, warp), rank + 1);
+        }
+    }
+}
+
 template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
 GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int warp) {
     constexpr int OFTEN = HALO < BATCH ? HALO : BATCH;  // exchanges within a batch
@@ -212,22 +251,7 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
             if constexpr (CLUSTER > 1) {
                 const int exchange = (batch * BATCH + s) / HALO;
                 if (s % OFTEN == 0 && (batch * BATCH + s) % HALO == 0 && exchange > 0) {
-                    if (reach.from_low) {
-                        if (lane == 0) signal_expect(R::signal(exchange, 0, warp), HALO * CHANNELS * 4);
-                        signal_wait(R::signal(exchange, 0, warp), (exchange - 1) / 2 & 1);
-                    }
-                    if (reach.from_high) {
-                        if (lane == 0) signal_expect(R::signal(exchange, 1, warp), reach.from_high * CHANNELS * 4);
-                        signal_wait(R::signal(exchange, 1, warp), (exchange - 1) / 2 & 1);
-                    }
-#pragma unroll
-                    for (int k = 0; k < PLACES; ++k) {
-                        const int position = lane * PLACES + k, beyond = position - reach.low - reach.owned;
-                        if (position < reach.from_low) load_vector<float, CHANNELS>(h[k], R::inbox(exchange, 0, warp) + position * CHANNELS);
-                        if (beyond >= 0 && beyond < reach.from_high) {
-                            load_vector<float, CHANNELS>(h[k], R::inbox(exchange, 1, warp) + beyond * CHANNELS);
-                        }
-                    }
+                    receive_edges<R, HALO>(reach, exchange, warp, h);
                 }
             }
             float lower[CHANNELS], higher[CHANNELS];
@@ -271,17 +295,7 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
             if constexpr (CLUSTER > 1) {
                 const int after = batch * BATCH + s + 1, exchange = after / HALO;
                 if ((s + 1) % OFTEN == 0 && after % HALO == 0 && after < lines) {
-#pragma unroll
-                    for (int k = 0; k < PLACES; ++k) {
-                        const int position = lane * PLACES + k - reach.low, from_end = position - (reach.owned - HALO);
-                        if (position < 0 || position >= reach.owned) continue;
-                        if (reach.from_low && position < HALO) {
-                            send<CHANNELS>(R::inbox(exchange, 1, warp) + position * CHANNELS, h[k], R::signal(exchange, 1, warp), at.rank - 1);
-                        }
-                        if (reach.from_high && from_end >= 0) {
-                            send<CHANNELS>(R::inbox(exchange, 0, warp) + from_end * CHANNELS, h[k], R::signal(exchange, 0, warp), at.rank + 1);
-                        }
-                    }
+                    send_edges<R, HALO>(reach, at.rank, exchange, warp, h);
                 }
             }
             if constexpr (EARLY) line = next;

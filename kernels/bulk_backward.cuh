@@ -205,22 +205,7 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Plac
             if constexpr (CLUSTER > 1) {
                 const int exchange = n / HALO;
                 if (s % OFTEN == 0 && n % HALO == 0 && exchange > 0) {
-                    if (reach.from_low) {
-                        if (lane == 0) signal_expect(R::signal(exchange, 0, warp), HALO * CHANNELS * 4);
-                        signal_wait(R::signal(exchange, 0, warp), (exchange - 1) / 2 & 1);
-                    }
-                    if (reach.from_high) {
-                        if (lane == 0) signal_expect(R::signal(exchange, 1, warp), reach.from_high * CHANNELS * 4);
-                        signal_wait(R::signal(exchange, 1, warp), (exchange - 1) / 2 & 1);
-                    }
-#pragma unroll
-                    for (int k = 0; k < PLACES; ++k) {
-                        const int position = lane * PLACES + k, beyond = position - reach.low - reach.owned;
-                        if (position < reach.from_low) load_vector<float, CHANNELS>(passed[k], R::inbox(exchange, 0, warp) + position * CHANNELS);
-                        if (beyond >= 0 && beyond < reach.from_high) {
-                            load_vector<float, CHANNELS>(passed[k], R::inbox(exchange, 1, warp) + beyond * CHANNELS);
-                        }
-                    }
+                    receive_edges<R, HALO>(reach, exchange, warp, passed);
                 }
             }
             const int row = rows.row(s, BATCH) * ring.span * WIDTH;
@@ -307,17 +292,7 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Plac
             if constexpr (CLUSTER > 1) {
                 const int after = n + 1, exchange = after / HALO;
                 if ((s + 1) % OFTEN == 0 && after % HALO == 0 && after < lines) {
-#pragma unroll
-                    for (int k = 0; k < PLACES; ++k) {
-                        const int position = lane * PLACES + k - reach.low, from_end = position - (reach.owned - HALO);
-                        if (position < 0 || position >= reach.owned) continue;
-                        if (reach.from_low && position < HALO) {
-                            send<CHANNELS>(R::inbox(exchange, 1, warp) + position * CHANNELS, passed[k], R::signal(exchange, 1, warp), at.rank - 1);
-                        }
-                        if (reach.from_high && from_end >= 0) {
-                            send<CHANNELS>(R::inbox(exchange, 0, warp) + from_end * CHANNELS, passed[k], R::signal(exchange, 0, warp), at.rank + 1);
-                        }
-                    }
+                    send_edges<R, HALO>(reach, at.rank, exchange, warp, passed);
                 }
             }
         }
