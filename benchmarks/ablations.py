@@ -301,15 +301,24 @@ def last(results: list[dict[str, Any]], key: str) -> list[float]:
     return [result["distances"][-1][key] for result in results if result.get("distances")]
 
 
+def beside_default(found: dict[str, list[dict[str, Any]]], results: list[dict[str, Any]], size: str) -> list[float]:
+    """Points more than the default has with the same seed, hence from the same noise."""
+    default = {r["seed"]: r["sizes"][size]["overall"]["score"] for r in found.get("default", []) if size in r["sizes"]}
+    shared = [r for r in results if size in r["sizes"] and r["seed"] in default]
+    return [r["sizes"][size]["overall"]["score"] - default[r["seed"]] for r in shared]
+
+
 def table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: distances to the teacher after training, SceneEval at each size; mean and deviation over the seeds."""
     heads = ["", "seeds", "parameters", "distance, output", "distance, attentions", *args.sizes]
+    heads.insert(6, f"less default, {args.sizes[0]}")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, results in found.items():
         parameters = next((f"{result['parameters']:,}" for result in results if "parameters" in result), "")
         cells = [name, str(len(results)), parameters, cell(last(results, "distance"), 1, 4)]
         cells += [cell(last(results, "layer_distance"), 1, 4)]
         cells += [cell(scores(results, size), 100, 1) for size in args.sizes]
+        cells.insert(6, "" if name == "default" else cell(beside_default(found, results, args.sizes[0]), 100, 1))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -360,6 +369,8 @@ def plot(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], path:
         axes.errorbar(100 * np.array(means), height, xerr=100 * np.array(deviations), fmt="o", ms=4, label=f"{size} px")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    # A deviation may reach below 0, a score may not.
+    axes.set_xlim(-1, 100)
     axes.set_xlabel("SceneEval, % of pictures in which every claim holds")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)

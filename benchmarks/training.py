@@ -12,6 +12,7 @@ FILE exists, compares with it (run it once with one process, once with two).
 
 import argparse
 import copy
+import gc
 import json
 import time
 from contextlib import nullcontext
@@ -117,6 +118,8 @@ def part_of(batch: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
 
 def measure(kind: str, args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
     config = SDXL if args.model == "sdxl" else TINY
+    if args.pixels:
+        config = {**config, "sample_size": args.pixels // 8}
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     device = accelerator.device
     step, trained = build(kind, config, device, dtype)
@@ -147,6 +150,7 @@ def measure(kind: str, args: argparse.Namespace, accelerator: Accelerator) -> di
     return {
         "student": kind,
         "model": args.model,
+        "pixels": 8 * config["sample_size"],
         "processes": world,
         "samples_per_step": args.batch * world,
         "dtype": args.dtype,
@@ -176,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["sdxl", "tiny"], default="sdxl")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--pixels", type=int, help="side of the pictures, a multiple of 32; default: 1024 (tiny: 128)")
     parser.add_argument("--batch", type=int, default=4, help="samples of one process")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--repeats", type=int, default=10)
@@ -187,15 +192,17 @@ def main() -> None:
     for kind in args.students:
         rows.append(measure(kind, args, accelerator))
         accelerator.free_memory()
+        # Hooks refer to their models: without this the last student would count in the next one's memory.
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if accelerator.is_main_process:
             row = rows[-1]
             memory = f"{row['peak_memory_gib']:.2f} GiB" if row["peak_memory_gib"] is not None else "-"
             print(f"{kind:18} {row['seconds']:.3f} s  {row['samples_per_second']:.2f} samples/s  {memory}", flush=True)
-    if args.out and accelerator.is_main_process:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(rows, indent=2) + "\n")
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
