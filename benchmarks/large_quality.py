@@ -2,8 +2,9 @@
 
     python benchmarks/large_quality.py --sizes 256 512 1024 --limit 300 --workers 8 --minutes 3 --out large_quality
 
-A picture of the largest size passes through the smaller ones, so one call scores every size. Calls are small, most of
-their time is Python's: several processes share one device. Writes `large_quality.json` (every verdict), `.md` (the
+A picture of the largest size passes through the smaller ones, so one call scores every size. Pictures are drawn in
+batches, each as the upscaling pipeline draws it alone; calls are small and judging is the CPU's, so several processes
+share one device. Writes `large_quality.json` (every verdict), `.md` (the
 table) and `.png` (the first prompts' pictures, side by side).
 """
 
@@ -17,6 +18,7 @@ import statistics
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -48,33 +50,58 @@ def start(args: argparse.Namespace, deadline: float) -> None:
         raise SystemExit("--adapter none leaves nothing to compare; pass an adapter.")
     fuse_gspn2(pipe)
     large = GSPN2UpscalePipeline.from_pipe(pipe)
-    large.set_progress_bar_config(disable=True)
+    for stock in large.stock_pipelines:
+        stock.set_progress_bar_config(disable=True)
     worker.update(pipe=pipe, large=large, args=args, deadline=deadline)
 
 
-def score(number: int, prompt: EvalPrompt) -> list[dict[str, Any]]:
-    """One record for each mixer and size, none where the time is over."""
+def generator_of(seed: int, prompt: str) -> torch.Generator:
+    mixed = np.random.SeedSequence([seed, *prompt.encode()]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def draw_stages(
+    large: GSPN2UpscalePipeline,
+    prompts: Sequence[str],
+    side: int,
+    strengths: Sequence[float],
+    seed: int,
+    **options: Any,
+) -> Iterator[list[Image.Image]]:
+    """For each stage its pictures, one for each prompt: those that `large`, which takes one prompt, draws of each with
+    `generator_of(seed, prompt)`, within rounding."""
+    text2img, img2img = large.stock_pipelines
+    sizes = large.stage_sizes(side, side)
+    seeds = [torch.randint(2**53, (len(sizes),), generator=generator_of(seed, prompt)) for prompt in prompts]
+    pictures: list[Image.Image] = []
+    for stage, (height, width) in enumerate(sizes):
+        generators = [torch.Generator().manual_seed(int(own[stage])) for own in seeds]
+        common: dict[str, Any] = {"prompt": list(prompts), "generator": generators, **options}
+        if stage:
+            larger = [picture.resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
+            strength = strengths[min(stage, len(strengths)) - 1]
+            pictures = img2img(image=larger, strength=strength, **common).images
+        else:
+            pictures = text2img(height=height, width=width, **common).images
+        yield pictures
+
+
+def score(first: int, prompts: list[EvalPrompt]) -> list[dict[str, Any]]:
+    """Records of a batch of prompts, one for each prompt, mixer and size; none where the time is over."""
     args, records = worker["args"], []
     if time.time() > worker["deadline"]:
         return []
-    mixed = np.random.SeedSequence([args.seed, *prompt.prompt.encode()]).generate_state(1, np.uint64)[0]
+    texts = [prompt.prompt for prompt in prompts]
+    options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     for mixer in MIXERS:
         with gspn2_disabled(worker["pipe"]) if mixer == "attention" else nullcontext():
-            stages = worker["large"](
-                prompt.prompt,
-                max(args.sizes),
-                max(args.sizes),
-                num_inference_steps=args.steps,
-                strengths=args.strengths,
-                guidance_scale=args.guidance_scale,
-                generator=torch.Generator().manual_seed(int(mixed)),
-            ).stages
-        for picture in stages:
-            verdict = judge(picture, prompt.prompt)
-            about = {"mixer": mixer, "pixels": picture.width, "passed": verdict.passed, "claims": verdict.claims}
-            records.append({**asdict(prompt), **about})
-            if number < args.show and picture.width in args.sizes:
-                picture.save(args.out / f".{number}-{mixer}-{picture.width}.png")
+            for pictures in draw_stages(worker["large"], texts, max(args.sizes), args.strengths, args.seed, **options):
+                for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True), start=first):
+                    verdict = judge(picture, prompt.prompt)
+                    about = {"mixer": mixer, "pixels": picture.width, "passed": verdict.passed}
+                    records.append({**asdict(prompt), **about, "claims": verdict.claims})
+                    if number < args.show and picture.width in args.sizes:
+                        picture.save(args.out / f".{number}-{mixer}-{picture.width}.png")
     return records
 
 
@@ -122,8 +149,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="of a full denoising")
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.32, 0.24, 0.16], help="of the larger stages")
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
-    parser.add_argument("--minutes", type=float, default=60, help="no further prompt after so many")
+    parser.add_argument("--minutes", type=float, default=60, help="no further batch after so many")
     parser.add_argument("--show", type=int, default=6, help="prompts on the sheet of pictures")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: float32 on a CPU, float16 elsewhere")
@@ -149,11 +177,13 @@ def main(argv: list[str] | None = None) -> None:
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(args.workers, context, initializer=start, initargs=(args, deadline)) as pool:
-            for number, part in enumerate(pool.map(score, range(len(prompts)), prompts)):
+            starts = range(0, len(prompts), args.batch_size)
+            batches = [prompts[start : start + args.batch_size] for start in starts]
+            for batch, part in zip(batches, pool.map(score, starts, batches), strict=True):
                 records += part
-                done += bool(part)
-                if number % 50 == 49:
-                    print(f"{time.time() - began:4.0f} s, {number + 1} of {len(prompts)} prompts", flush=True)
+                done += len(batch) if part else 0
+                if part:
+                    print(f"{time.time() - began:4.0f} s, {done} of {len(prompts)} prompts", flush=True)
     except Exception:  # what was scored is still worth having
         traceback.print_exc()
         if not records:

@@ -82,11 +82,11 @@ def rates(args: TrainingArguments, root: Path) -> Any:
 
 
 def sizes(args: TrainingArguments, root: Path) -> Any:
-    return target_sizes(args, tiny_models.sd_pipe())
+    return [target_sizes(args, tiny_models.sd_pipe(), part.resolution) for part in args.parts()]
 
 
 def rows(args: TrainingArguments, root: Path) -> Any:
-    found = Rows(args).read(0, 100)
+    found = Rows(args, args.parts()[0].samples).read(0, 100)
     return [(row.caption, row.picture["bytes"] if isinstance(row.picture, dict) else row.picture) for row in found]
 
 
@@ -198,6 +198,7 @@ class Flag(NamedTuple):
 HUB = "--dataset_name ROOT/set"
 DRAWING = "--validation_prompts a --validation_inference_steps 1 --validation_steps 1"
 ROLLOUT = "--rollout_share 0.5"
+TWO_SIZES = f"--resolution {SIZE} {2 * SIZE} --train_batch_size 4 --cache_dir OUT/cache"
 FLAGS = {
     "pretrained_model_name_or_path": Flag(weights, "ROOT/pipe2", "--cache_dir OUT/cache"),
     "variant": Flag(weights, "fp16"),
@@ -222,6 +223,8 @@ FLAGS = {
     "caption_column": Flag(rows, "long", HUB),
     "max_train_samples": Flag(rows, "3"),
     "resolution": Flag(sizes, "32"),
+    "resolution_shares": Flag(weights, "1 2", TWO_SIZES),
+    "resolution_strengths": Flag(weights, "1 0.3", TWO_SIZES),
     "aspect_ratio_buckets": Flag(sizes, "", "--resolution 512"),
     "bucket_step": Flag(sizes, "4", "--aspect_ratio_buckets"),
     "max_aspect_ratio": Flag(sizes, "1.2", "--aspect_ratio_buckets --bucket_step 4"),

@@ -66,7 +66,7 @@ def test_trajectories_are_the_students_sampling_and_the_loss_is_guided() -> None
     scheduler = ddim("epsilon")
     objective = Objective(scheduler)
     rollout = Rollout(objective, empty(), 1, SCALE, STEPS)
-    step = StudentStep(unet, objective, 0.0, 0.5, 0.0, rollout, guided_weight=3.0)
+    step = StudentStep(unet, objective, 0.0, 0.5, 0.0, [rollout], guided_weight=3.0)
     given = inputs(2)
     scheduler.set_timesteps(STEPS)
     state, text = given["noise"][:1], given["conditions"]["encoder_hidden_states"][:1]
@@ -96,7 +96,7 @@ def test_trajectories_are_the_students_sampling_and_the_loss_is_guided() -> None
     later["noise"] = later["noise"] + 1
     with torch.no_grad():
         step(**later)
-    states, indices, rows = rollout.states("16x16", later["noise"], later["conditions"])
+    states, indices, rows = rollout.states("16x16", later["latents"], later["noise"], later["conditions"])
     assert indices.tolist() == [objective.schedule(STEPS)[1]] * 2 and states.shape[0] == 2
     torch.testing.assert_close(rows["encoder_hidden_states"][1], empty()["16x16"]["encoder_hidden_states"])
 
@@ -106,7 +106,8 @@ def test_the_samples_that_stay_are_trained_as_before() -> None:
     apply_gspn2(unet)
     objective, given = Objective(ddim("epsilon")), inputs(3)
     with torch.no_grad():
-        _, parts = StudentStep(unet, objective, 1.0, 1.0, 0.0, Rollout(objective, empty(), 1, SCALE, STEPS))(**given)
+        rollout = Rollout(objective, empty(), 1, SCALE, STEPS)
+        _, parts = StudentStep(unet, objective, 1.0, 1.0, 0.0, [rollout])(**given)
         rest = {name: value[1:] for name, value in given.items() if name in ("latents", "noise", "indices")}
         text = {"encoder_hidden_states": given["conditions"]["encoder_hidden_states"][1:]}
         _, alone = StudentStep(unet, objective, 1.0, 1.0, 0.0)(**rest, conditions=text)
@@ -120,7 +121,7 @@ def test_noise_levels_spread_out_and_every_size_has_its_own() -> None:
     seen = []
     for number in range(12):
         for size in ("a", "b") if number > 5 else ("a",):
-            states, indices, _ = rollout.states(size, given["noise"], given["conditions"])
+            states, indices, _ = rollout.states(size, given["latents"], given["noise"], given["conditions"])
             assert len(states) == 6  # no guidance: one prediction of each
             if size == "a":
                 seen.append(sorted(indices.tolist(), reverse=True))
@@ -131,10 +132,29 @@ def test_noise_levels_spread_out_and_every_size_has_its_own() -> None:
     assert set(rollout.sizes) == {"a", "b"}
 
 
+@pytest.mark.parametrize("scheduler", [ddim("v_prediction"), FlowMatchEulerDiscreteScheduler()])
+def test_below_full_strength_trajectories_are_image_to_image(scheduler: Any) -> None:
+    """Which steps and which noise: as diffusers' image-to-image pipelines take them."""
+    steps, strength = 25, 0.16
+    objective, given = Objective(scheduler), inputs(3)
+    rollout = Rollout(objective, empty(), 3, 1.0, steps, stop=0.1, strength=strength)
+    begin = steps - min(int(steps * strength), steps)  # StableDiffusionImg2ImgPipeline.get_timesteps
+    seen = []
+    for _ in range(8):
+        states, indices, _ = rollout.states("a", given["latents"], given["noise"], given["conditions"])
+        if not seen:
+            expected, _, _ = objective.noised(given["latents"], given["noise"], indices)
+            torch.testing.assert_close(states, expected)
+        seen.append(indices.tolist())
+        rollout.advance("a", torch.zeros_like(states))
+    assert seen[0] == [objective.schedule(steps)[begin]] * 3
+    assert {index for at in seen for index in at} == set(objective.schedule(steps)[begin:])
+
+
 def test_saved_trajectories_go_on_as_the_others() -> None:
     objective, given = Objective(ddim("v_prediction")), inputs(4)
     first, second = (Rollout(objective, empty(), 4, SCALE, STEPS) for _ in range(2))
-    arguments = ("16x16", given["noise"], given["conditions"])
+    arguments = ("16x16", given["latents"], given["noise"], given["conditions"])
     for _ in range(3):
         states, _, _ = first.states(*arguments)
         first.advance("16x16", first.guided(states * 0.1))

@@ -23,6 +23,8 @@ from gspn2_diffusion.training.checkpoint import CheckpointError, checkpoints
 from gspn2_diffusion.training.encode import Conditioner, EncodedDataset
 from gspn2_diffusion.training.objective import Objective
 from gspn2_diffusion.training.report import plot_distances
+from gspn2_diffusion.training.sampling import held_out, without_rows
+from gspn2_diffusion.training.student import StudentStep
 
 from . import tiny_models
 from .test_upscale import sd3_pipe
@@ -129,6 +131,58 @@ def test_killed_runs_resume_to_the_bit(folders: tuple[Path, Path], tmp_path: Pat
     assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     steps = [line["step"] for line in log_of(out) if "loss" in line]
     assert steps == list(range(1, 13))
+
+
+def test_several_sizes_take_turns_and_resume_to_the_bit(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "resolution": [SIZE, 2 * SIZE, SIZE],
+        "resolution_shares": [0.5, 0.25, 0.25],
+        "resolution_strengths": [1.0, 0.5, 0.3],
+        "max_train_samples": [12, 8, 12],
+        "train_batch_size": 8,
+        "max_train_steps": 8,
+        "rollout_share": 0.5,
+        "rollout_steps": 5,
+        "checkpointing_steps": 5,
+        "holdout_samples": 4,
+        "distance_steps": [0],
+        "use_ema": True,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    seen: list[tuple[int, str, int, bool]] = []
+    forward = StudentStep.forward
+
+    def watched(self: Any, **batch: Any) -> Any:
+        if not batch.get("measure"):
+            part, noise = batch["part"], int(batch["indices"].max()) / self.objective.steps
+            below = noise < options["resolution_strengths"][part]
+            seen.append((part, batch["size"], len(batch["latents"]), below))
+        return forward(self, **batch)
+
+    monkeypatch.setattr(StudentStep, "forward", watched)
+    train(arguments(*folders, tmp_path / "whole", **options))
+    small, large = f"{SIZE}x{SIZE}", f"{2 * SIZE}x{2 * SIZE}"
+    assert seen == 2 * [(0, small, 8, True), (1, large, 2, True), (2, small, 8, True), (0, small, 8, True)]
+    first = log_of(tmp_path / "whole")[0]
+    assert {"distance", "distance_32@0.5", "distance_16@0.3"} < first.keys()
+
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    train(arguments(*folders, tmp_path / "resumed", **options, resume_from_checkpoint=str(checkpoint)))
+    assert len(seen) == 8 + 3
+    assert (tmp_path / "resumed" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+
+    # A picture held out at one size is held out at all.
+    base, other = (EncodedDataset(tmp_path / "cache" / str(side)) for side in (SIZE, 2 * SIZE))
+    _, out = held_out(base, 4, 0)
+    rows = [base.rows[index] for index in out]
+    kept, hidden = without_rows(other, rows)
+    assert {other.rows[index] for index in kept} == set(range(8)) - set(rows)
+    text = "encoder_hidden_states"
+    for index in hidden:
+        same = out[rows.index(other.rows[index])]
+        assert torch.equal(other[index][text], base[same][text])
 
 
 def last_step(out: Path) -> int:

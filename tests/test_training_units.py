@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from gspn2_diffusion import GSPN2Config, apply_gspn2, gspn2_disabled
 from gspn2_diffusion.training import TextToImageArguments, TrainingArguments, parse_args
+from gspn2_diffusion.training.arguments import Part
 from gspn2_diffusion.training.data import bucket_sizes
 from gspn2_diffusion.training.objective import Objective
-from gspn2_diffusion.training.sampling import BatchOrder, StepSampler
+from gspn2_diffusion.training.sampling import BatchOrder, StepSampler, turns
 from gspn2_diffusion.training.student import StudentStep
 from gspn2_diffusion.training.trainer import learning_rates
 
@@ -55,6 +57,18 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (
             ["--rollout_share", "0.5", "--output_loss_weight", "0", "--guided_loss_weight", "0"],
             "--rollout_share needs --output_loss_weight or",
+        ),
+        (["--resolution", "64", "0"], "--resolution is [64, 0]; it must be above 0"),
+        (["--resolution", "64", "128", "--resolution_shares", "1"], "--resolution_shares has 1 values for 2 of"),
+        (["--resolution_strengths", "1.5"], "--resolution_strengths is [1.5]; it must be at most 1"),
+        (["--resolution_shares", "0.5"], "--resolution_shares would have no effect: name several --resolution"),
+        (
+            ["--resolution", "64", "64", "--max_train_samples", "5", "6"],
+            "--max_train_samples differs for the same --resolution 64",
+        ),
+        (
+            ["--resolution", "64", "256", "--rollout_share", "0.4"],
+            "--train_batch_size 16 (1 at 256 pixels) is less than one sample",
         ),
         (["--rollout_stop", "0.5"], "--rollout_stop would have no effect: pass --rollout_share"),
     ],
@@ -179,13 +193,53 @@ def test_steps_are_of_one_size_and_an_epoch_sees_every_sample() -> None:
 def test_processes_and_accumulation_share_out_the_same_step() -> None:
     order = BatchOrder(["a"] * 30, list(range(30)), total=12, seed=0)
 
-    def placed(micro: int, accumulation: int, world: int) -> set[tuple[int, int]]:
-        samplers = [StepSampler(order, 1, 3, micro, accumulation, rank, world) for rank in range(world)]
+    def placed(micro: int, accumulation: int, world: int) -> set[tuple[int, int, int]]:
+        samplers = [StepSampler([order], [(0, 1), (0, 2)], accumulation, rank, world) for rank in range(world)]
         batches = [batch for sampler in samplers for batch in sampler]
         assert all(len(batch) == micro for batch in batches) and len(batches) == 2 * accumulation * world
         return {item for batch in batches for item in batch}
 
     assert placed(12, 1, 1) == placed(3, 2, 2) == placed(2, 1, 6)
+
+
+@pytest.mark.parametrize("shares", [[1.0], [1.0, 1.0], [0.5, 0.3, 0.2], [5.0, 1.0, 1.0, 0.1]])
+def test_turns_keep_to_the_shares_at_every_moment(shares: list[float]) -> None:
+    order = turns(shares, 200)
+    for done in range(1, 201):
+        counts = Counter(part for part, _ in order[:done])
+        for part, share in enumerate(shares):
+            assert abs(counts[part] - done * share / sum(shares)) < len(shares)
+    for part in range(len(shares)):
+        turn = [number for p, number in order if p == part]
+        assert turn == list(range(len(turn)))
+    assert turns(shares, 50) == order[:50]
+
+
+def test_parts_have_the_pixels_of_the_first_and_their_own_options() -> None:
+    flags = "--resolution 128 256 64 256 --max_train_samples 9 8 7 8 --resolution_shares 4 2 1 1"
+    flags += " --resolution_strengths 1 0.3 0.2 0.1 --train_batch_size 24 --encode_batch_size 2"
+    args = parse_args(argv=[*NEEDED, *flags.split()])
+    assert args.parts() == [
+        Part(128, 9, 4.0, 1.0, 24, 2),
+        Part(256, 8, 2.0, 0.3, 6, 1),
+        Part(64, 7, 1.0, 0.2, 96, 8),
+        Part(256, 8, 1.0, 0.1, 6, 1),
+    ]
+    assert parse_args(argv=NEEDED).parts() == [Part(None, None, 1.0, 1.0, 16, 16)]
+
+
+@pytest.mark.parametrize("scheduler", [tiny_models.scheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_a_strength_bounds_the_noise(scheduler: Any) -> None:
+    objective = Objective(scheduler)
+    steps, zeros, ones = objective.steps, torch.zeros(1), torch.ones(1)
+
+    def level(index: int) -> float:
+        return float(objective.noised(zeros, ones, torch.tensor([index]))[0])
+
+    levels = [level(objective.below(index, 0.3)) for index in range(steps)]
+    highest = sorted(level(index) for index in range(steps))[int(0.3 * steps) - 1]
+    assert max(levels) == highest and min(levels) == min(map(level, range(steps)))
+    assert [objective.below(index, 1.0) for index in range(steps)] == list(range(steps))
 
 
 def test_bucket_sizes_keep_the_area_and_the_step() -> None:

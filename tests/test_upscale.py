@@ -301,6 +301,20 @@ def test_bad_arguments(pipe, tmp_path, changed, error, message):
     assert not (tmp_path / "new").exists()
 
 
+def test_the_quality_benchmarks_batches_are_the_pipelines_pictures(pipe):
+    from benchmarks.large_quality import draw_stages, generator_of
+
+    call = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    prompts, strengths = ["a cat", "two dogs"], (0.75, 0.5)
+    batches = list(draw_stages(pipe, prompts, 64, strengths, 5, **call))
+    assert len(batches) > 1
+    for number, prompt in enumerate(prompts):
+        alone = pipe(prompt, 64, 64, strengths=strengths, generator=generator_of(5, prompt), **call).stages
+        for batch, picture in zip(batches, alone, strict=True):
+            difference = torch.tensor(list(batch[number].tobytes())) - torch.tensor(list(picture.tobytes()))
+            assert batch[number].size == picture.size and difference.abs().max() <= 1
+
+
 def test_damaged_state(pipe, tmp_path):
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"state.json is damaged .* remove it to start again"):

@@ -20,6 +20,27 @@ class TrainingError(UserError, ValueError):
     """Options, data or a model that cannot be trained with; the message states the fact and the remedy."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One size of pictures of a run.
+
+    Args:
+        resolution: side in pixels; None is the model's own.
+        samples: use only the first so many; None for all.
+        share: of the steps.
+        strength: highest noise level, as in image-to-image: share of the timesteps, from the picture.
+        batch: samples in a forward pass of one process.
+        encode_batch: samples encoded at a time.
+    """
+
+    resolution: int | None
+    samples: int | None
+    share: float
+    strength: float
+    batch: int
+    encode_batch: int
+
+
 # What new layers are made of; an adapter has its own.
 LAYER_OPTIONS = (
     "init",
@@ -82,8 +103,26 @@ class TrainingArguments:
     data_files: list[str] | None = field(default=None, metadata={"help": "Files for the dataset builder."})
     image_column: str = _help("Column of the images.", "image")
     caption_column: str = _help("Column of the captions.", "text")
-    max_train_samples: int | None = _help("Use only the first so many samples.")
-    resolution: int | None = _help("Side in pixels (with buckets: root of the area). Default: the model's own.")
+    max_train_samples: list[int] | None = field(
+        default=None, metadata={"help": "Use only the first so many samples; one number, or one for each --resolution."}
+    )
+    resolution: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels (with buckets: root of the area); of several, which may repeat, steps take turns. "
+            "Default: the model's own."
+        },
+    )
+    resolution_shares: list[float] | None = field(
+        default=None, metadata={"help": "Share of the steps for each --resolution. Default: equal shares."}
+    )
+    resolution_strengths: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Highest noise level for each --resolution, as image-to-image's strength: only timesteps below it "
+            "are drawn, and sampled states begin with the noised picture and go on to the end. Default: 1, from noise."
+        },
+    )
     aspect_ratio_buckets: bool = _help("Keep each image's aspect ratio, in buckets of equal area.", False)
     bucket_step: int = _help("Sides of buckets are multiples of this many pixels.", 64)
     max_aspect_ratio: float = _help("Widest bucket: longer side over shorter side.", 2.0)
@@ -94,13 +133,15 @@ class TrainingArguments:
     cache_dir: str | None = _help("Folder of the encoded latents and captions. Default: OUTPUT_DIR/cache.")
     cache_dtype: Literal["float16", "bfloat16", "float32"] = _help("Storage type of the cache.", "float16")
     cache_shard_size: int = _help("Samples in one file of the cache.", 1024)
-    encode_batch_size: int = _help("Samples encoded at a time.", 16)
+    encode_batch_size: int = _help("Samples encoded at a time, at the first --resolution.", 16)
     encode_only: bool = _help("Write the cache and stop.", False)
 
     # Run
     output_dir: str = _help("Folder of the adapter, checkpoints, log and report.", "outputs/gspn2-adapter")
     seed: int = _help("Seed of the order, noise, timesteps and caption dropout.", 0)
-    train_batch_size: int = _help("Samples in a forward pass of one process.", 16)
+    train_batch_size: int = _help(
+        "Samples in a forward pass of one process, at the first --resolution; at others as many as have its pixels.", 16
+    )
     gradient_accumulation_steps: int = _help("Forward passes per optimizer step.", 1)
     max_train_steps: int = _help("Optimizer steps.", 10000)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = _help("Default: what accelerate was configured with.")
@@ -178,6 +219,9 @@ class TrainingArguments:
     tracker_project_name: str = _help("Project name in the tracker.", "gspn2")
 
     def __post_init__(self) -> None:
+        for name in ("resolution", "max_train_samples"):
+            if isinstance(value := getattr(self, name), int):
+                setattr(self, name, [value])
         if not self.pretrained_model_name_or_path:
             raise ValueError("--pretrained_model_name_or_path is missing; pass a pipeline's folder or hub id.")
         if (self.train_data_dir is None) == (self.dataset_name is None):
@@ -196,14 +240,9 @@ class TrainingArguments:
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        for name in (
-            "resolution",
-            "max_train_samples",
-            "checkpoints_total_limit",
-            "snr_gamma",
-            "layerwise_learning_rate",
-        ):
+        for name in ("checkpoints_total_limit", "snr_gamma", "layerwise_learning_rate"):
             self._check(name, getattr(self, name) is None or getattr(self, name) > 0, "above 0")
+        self._check_resolutions()
         for name in ("proportion_empty_prompts", "rollout_share", "rollout_stop"):
             self._check(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         if self.rollout_share and not self.output_loss_weight + self.guided_loss_weight:
@@ -211,11 +250,13 @@ class TrainingArguments:
                 "--rollout_share needs --output_loss_weight or --guided_loss_weight above 0; no other loss is for "
                 "these states."
             )
-        if self.rollout_share and not self.rollouts():
-            raise ValueError(
-                f"--rollout_share {self.rollout_share} of --train_batch_size {self.train_batch_size} is less than one "
-                "sample; raise either."
-            )
+        for part in self.parts() if self.rollout_share else ():
+            if not self.rollouts(part):
+                where = f" ({part.batch} at {part.resolution} pixels)" if len(self.parts()) > 1 else ""
+                raise ValueError(
+                    f"--rollout_share {self.rollout_share} of --train_batch_size {self.train_batch_size}{where} is "
+                    "less than one sample; raise either."
+                )
         self._check("max_aspect_ratio", self.max_aspect_ratio >= 1, "at least 1")
         if not self.noise_loss_weight + self.output_loss_weight + self.layer_loss_weight:
             raise ValueError("All loss weights are 0; give at least one of them a positive value.")
@@ -225,6 +266,30 @@ class TrainingArguments:
     def _check(self, name: str, holds: bool, needs: str) -> None:
         if not holds:
             raise ValueError(f"--{name} is {getattr(self, name)}; it must be {needs}.")
+
+    def _check_resolutions(self) -> None:
+        """Lists that go with `--resolution` are as long and in their ranges."""
+        count = len(self.resolution or [0])
+        for name, most in (
+            ("resolution", None),
+            ("max_train_samples", None),
+            ("resolution_shares", None),
+            ("resolution_strengths", 1),
+        ):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            self._check(name, bool(values) and all(value > 0 for value in values), "above 0")
+            self._check(name, most is None or max(values) <= most, f"at most {most}")
+            if len(values) != count and not (name == "max_train_samples" and len(values) == 1):
+                raise ValueError(f"--{name} has {len(values)} values for {count} of --resolution; give as many.")
+        first: dict[int | None, Part] = {}
+        for part in self.parts():
+            if first.setdefault(part.resolution, part).samples != part.samples:
+                raise ValueError(
+                    f"--max_train_samples differs for the same --resolution {part.resolution}, which is encoded once; "
+                    "give the same number."
+                )
 
     def _refuse_idle_flags(self) -> None:
         """A flag that would have no effect beside the others is refused rather than ignored."""
@@ -252,6 +317,7 @@ class TrainingArguments:
             (not self.noise_loss_weight, ("snr_gamma",), "--noise_loss_weight is 0"),
             (self.weighting_scheme != "logit_normal", ("logit_mean", "logit_std"),
              "use --weighting_scheme logit_normal"),
+            (len(self.resolution or []) < 2, ("resolution_shares",), "name several --resolution"),
             (not self.rollout_share,
              ("rollout_guidance_scale", "rollout_steps", "rollout_stop", "guided_loss_weight"), "pass --rollout_share"),
             (self.weighting_scheme != "mode", ("mode_scale",), "use --weighting_scheme mode"),
@@ -282,9 +348,27 @@ class TrainingArguments:
             init=self.init,
         )
 
-    def rollouts(self) -> int:
+    def parts(self) -> list[Part]:
+        """The sizes of pictures that steps take turns in, one for each `--resolution`."""
+        sides: list[Any] = [None] if self.resolution is None else self.resolution
+        samples: list[Any] = [None] if self.max_train_samples is None else self.max_train_samples
+        rows = zip(
+            sides,
+            samples * len(sides) if len(samples) == 1 else samples,
+            self.resolution_shares or [1.0] * len(sides),
+            self.resolution_strengths or [1.0] * len(sides),
+            strict=True,
+        )
+        parts = []
+        for side, most, share, strength in rows:
+            area = (sides[0] / side) ** 2 if side and sides[0] else 1.0
+            batch, encode_batch = (max(1, round(n * area)) for n in (self.train_batch_size, self.encode_batch_size))
+            parts.append(Part(side, most, share, strength, batch, encode_batch))
+        return parts
+
+    def rollouts(self, part: Part) -> int:
         """Samples of a batch whose place is taken by states of the student's sampling."""
-        return round(self.rollout_share * self.train_batch_size)
+        return round(self.rollout_share * part.batch)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")

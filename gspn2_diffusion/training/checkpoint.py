@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ class Checkpoints:
         optimizer: prepared.
         ema: average of the adapter's parameters, or None.
         limit: how many checkpoints to keep, None for all.
-        rollout: each process saves its own trajectories.
+        rollouts: each process saves its own trajectories.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class Checkpoints:
         optimizer: Any,
         ema: EMAModel | None,
         limit: int | None,
-        rollout: Rollout | None = None,
+        rollouts: Sequence[Rollout] = (),
     ) -> None:
-        self.folder, self.accelerator, self.limit, self.rollout = folder, accelerator, limit, rollout
+        self.folder, self.accelerator, self.limit, self.rollouts = folder, accelerator, limit, list(rollouts)
         self.adapter, self.optimizer, self.ema = adapter, optimizer, ema
 
     def save(self, step: int) -> None:
@@ -80,9 +80,10 @@ class Checkpoints:
             # Each process writes its own shard of the optimizer.
             self.accelerator.save_state(str(partial / "deepspeed"))
             self.accelerator.wait_for_everyone()
-        if self.rollout is not None:
+        if self.rollouts:
             with self._writing(step, partial):
-                save_file(self.rollout.state_dict(), partial / self._rollout_name())
+                for part, rollout in enumerate(self.rollouts):
+                    save_file(rollout.state_dict(), partial / self._rollout_name(part))
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with self._writing(step, partial):
@@ -113,8 +114,8 @@ class Checkpoints:
                 "Free some space and run again with --resume_from_checkpoint latest."
             ) from error
 
-    def _rollout_name(self) -> str:
-        return f"rollout-{self.accelerator.process_index}.safetensors"
+    def _rollout_name(self, part: int) -> str:
+        return f"rollout-{self.accelerator.process_index}{f'-{part}' if part else ''}.safetensors"
 
     def _state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state: dict[str, Any] = {"step": step}
@@ -177,9 +178,9 @@ class Checkpoints:
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.rollout is not None:
-            if (path / self._rollout_name()).is_file():
-                self.rollout.load_state_dict(load_file(path / self._rollout_name()), self.accelerator.device)
+        for part, rollout in enumerate(self.rollouts):
+            if (path / self._rollout_name(part)).is_file():
+                rollout.load_state_dict(load_file(path / self._rollout_name(part)), self.accelerator.device)
             else:
                 logger.warning("%s has no sampled states for this process; new ones are begun.", path)
         return state["step"]

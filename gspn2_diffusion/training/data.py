@@ -28,18 +28,22 @@ class Row(NamedTuple):
 class Rows:
     """The samples of a source, in a fixed order, read lazily.
 
+    Args:
+        args: the run's options.
+        most: use only the first so many.
+
     Raises:
         ValueError: the folder has no metadata.jsonl, or a column is missing.
     """
 
-    def __init__(self, args: TrainingArguments) -> None:
+    def __init__(self, args: TrainingArguments, most: int | None = None) -> None:
         self.args = args
         if args.train_data_dir is not None:
             self.records: Any = _folder(Path(args.train_data_dir), args.caption_column)
         else:
             self.records = _dataset(args)
         total = len(self.records)
-        self.length = min(total, args.max_train_samples or total)
+        self.length = min(total, most or total)
         if not self.length:
             raise TrainingError("The data set is empty; training needs at least one captioned image.")
 

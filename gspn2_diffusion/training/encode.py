@@ -7,9 +7,11 @@ of the denoiser, whose arguments are kept.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from tqdm.auto import tqdm
 from ..loading import check_size, default_size, exact_size
 from ..patching.families import find_model
 from ..patching.grid import arguments_by_name
-from .arguments import TrainingArguments, TrainingError
-from .data import Rows, Size, bucket_sizes, fit, fitting_size, open_picture
+from .arguments import Part, TrainingArguments, TrainingError
+from .data import Row, Rows, Size, bucket_sizes, fit, fitting_size, open_picture
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ SAMPLE_NAMES = ("sample", "hidden_states")
 TRAINABLE = ("UNet2DConditionModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
 DROPPED = (*SAMPLE_NAMES, "timestep", "return_dict")
 POSITIONS = ("img_ids", "txt_ids")
+READERS = 8
+"""Threads that decode and resize pictures."""
 
 
 class _Stop(Exception):
@@ -147,13 +151,13 @@ def encode_pictures(pipe: Any, pixels: Tensor, packed: bool) -> Tensor:
     return pipe._pack_latents(latents, *latents.shape) if packed else latents
 
 
-def target_sizes(args: TrainingArguments, pipe: Any) -> list[Size]:
-    """The picture sizes of the run.
+def target_sizes(args: TrainingArguments, pipe: Any, resolution: int | None) -> list[Size]:
+    """The picture sizes of one resolution, None for the model's own.
 
     Raises:
         UserError: a side is not a multiple of what the model needs.
     """
-    sizes = [(args.resolution, args.resolution) if args.resolution else default_size(pipe)]
+    sizes = [(resolution, resolution) if resolution else default_size(pipe)]
     if args.aspect_ratio_buckets:
         area = sizes[0][0] * sizes[0][1]
         sizes = bucket_sizes(round(area**0.5), args.bucket_step, args.max_aspect_ratio)
@@ -162,17 +166,31 @@ def target_sizes(args: TrainingArguments, pipe: Any) -> list[Size]:
     return sizes
 
 
-def encode_dataset(args: TrainingArguments, pipe: Any, accelerator: Accelerator) -> Path:
-    """Writes what is missing of the cache, shared out over the processes, and returns its folder.
+def encode_datasets(args: TrainingArguments, pipe: Any, accelerator: Accelerator) -> list[Path]:
+    """Writes what is missing of each part's cache and returns their folders: the run's cache, or of several
+    resolutions one in it for each.
+
+    Raises:
+        ValueError: a folder holds the cache of other data or options.
+    """
+    root, parts = Path(args.cache_dir or Path(args.output_dir, "cache")), args.parts()
+    one = len({part.resolution for part in parts}) == 1
+    folders = [root if one else root / str(part.resolution) for part in parts]
+    for folder, part in dict(zip(folders, parts, strict=True)).items():
+        encode_dataset(args, part, pipe, accelerator, folder)
+    return folders
+
+
+def encode_dataset(args: TrainingArguments, part: Part, pipe: Any, accelerator: Accelerator, folder: Path) -> None:
+    """Writes what is missing of the cache of one resolution, shared out over the processes.
 
     A shard appears under its name only when it is whole, so that a stopped run goes on where it was.
 
     Raises:
         ValueError: the folder holds the cache of other data or options.
     """
-    folder = Path(args.cache_dir or Path(args.output_dir, "cache"))
-    rows = Rows(args)
-    sizes = target_sizes(args, pipe)
+    rows = Rows(args, part.samples)
+    sizes = target_sizes(args, pipe, part.resolution)
     starts = range(0, len(rows), args.cache_shard_size)
     if accelerator.is_main_process:
         _claim(folder, args, rows, sizes)
@@ -188,10 +206,9 @@ def encode_dataset(args: TrainingArguments, pipe: Any, accelerator: Accelerator)
     bar = tqdm(total=len(rows), desc="encoding", disable=not accelerator.is_local_main_process or not missing)
     bar.update(sum(min(args.cache_shard_size, len(rows) - start) for start in starts if start not in missing))
     for start in missing:
-        _encode_shard(args, rows, start, sizes, conditioner, facts["packed"], _shard(folder, start), bar)
+        _encode_shard(args, part, rows, start, sizes, conditioner, facts["packed"], _shard(folder, start), bar)
     bar.close()
     accelerator.wait_for_everyone()
-    return folder
 
 
 def _claim(folder: Path, args: TrainingArguments, rows: Rows, sizes: list[Size]) -> None:
@@ -224,6 +241,7 @@ def _claim(folder: Path, args: TrainingArguments, rows: Rows, sizes: list[Size])
 
 def _encode_shard(
     args: TrainingArguments,
+    part: Part,
     rows: Rows,
     start: int,
     sizes: list[Size],
@@ -234,6 +252,7 @@ def _encode_shard(
 ) -> None:
     waiting: dict[Size, list[tuple[Tensor, str]]] = {}
     encoded: dict[str, list[Tensor]] = {}
+    numbers: dict[str, list[int]] = {}
     broken: list[str] = []
 
     def flush(size: Size) -> None:
@@ -248,22 +267,32 @@ def _encode_shard(
         for name, value in shared.items():
             encoded[f"{size[0]}x{size[1]}/shared/{name}"] = [_stored(value, args, name)]
 
-    for row in rows.read(start, start + args.cache_shard_size):
+    def read(row: Row) -> tuple[Size, Tensor] | Exception:
         try:
             image = open_picture(row.picture)
         except (OSError, ValueError, SyntaxError) as error:
-            broken.append(row.name)
-            logger.warning("Skipped %s, which cannot be read: %s", row.name, error)
-        else:
-            size = fitting_size(image, sizes)
-            waiting.setdefault(size, []).append((pixels_of(image, size), row.caption))
-            if len(waiting[size]) == args.encode_batch_size:
-                flush(size)
-        bar.update()
+            return error
+        size = fitting_size(image, sizes)
+        return size, pixels_of(image, size)
+
+    todo = enumerate(rows.read(start, start + args.cache_shard_size), start=start)
+    with ThreadPoolExecutor(READERS) as pool:
+        while chunk := list(itertools.islice(todo, part.encode_batch)):
+            for (number, row), found in zip(chunk, pool.map(read, [row for _, row in chunk]), strict=True):
+                if isinstance(found, Exception):
+                    broken.append(row.name)
+                    logger.warning("Skipped %s, which cannot be read: %s", row.name, found)
+                else:
+                    size, pixels = found
+                    numbers.setdefault(f"{size[0]}x{size[1]}", []).append(number)
+                    waiting.setdefault(size, []).append((pixels, row.caption))
+                    if len(waiting[size]) == part.encode_batch:
+                        flush(size)
+                bar.update()
     for size in list(waiting):
         flush(size)
     tensors = {name: torch.cat(parts).contiguous() for name, parts in encoded.items()}
-    save_atomically(tensors, path, {"broken": json.dumps(broken)})
+    save_atomically(tensors, path, {"broken": json.dumps(broken), "rows": json.dumps(numbers)})
 
 
 def _write_empty(folder: Path, conditioner: Conditioner, sizes: list[Size], args: TrainingArguments) -> None:
@@ -316,11 +345,13 @@ class EncodedDataset(torch.utils.data.Dataset):
 
     Attributes:
         sizes: the picture size of each sample.
+        rows: the place of each sample in the data (counted where an earlier version's cache does not say).
         broken: names of the samples that could not be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.sizes: list[str] = []
+        self.rows: list[int] = []
         self.broken: list[str] = []
         self.places: list[tuple[Path, str, int]] = []
         self.names: list[str] = []
@@ -330,7 +361,8 @@ class EncodedDataset(torch.utils.data.Dataset):
         self._open: dict[Path, Any] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
             with safe_open(path, framework="pt") as shard:
-                self.broken += json.loads(shard.metadata()["broken"])
+                about = {name: json.loads(value) for name, value in shard.metadata().items()}
+                self.broken += about["broken"]
                 for key in shard.keys():  # noqa: SIM118 (not a dict)
                     size, kind, name = key.split("/")
                     if kind == "shared":
@@ -339,6 +371,7 @@ class EncodedDataset(torch.utils.data.Dataset):
                         count = shard.get_slice(key).get_shape()[0]
                         self.places += [(path, size, row) for row in range(count)]
                         self.sizes += [size] * count
+                        self.rows += about.get("rows", {}).get(size, range(len(self.rows), len(self.rows) + count))
                     elif name not in self.names:
                         self.names.append(name)
         with safe_open(folder / "empty.safetensors", framework="pt") as empty:

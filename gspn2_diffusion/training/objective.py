@@ -66,6 +66,12 @@ class Objective:
         # Timesteps of flow matching are listed from noise to picture; a diffusion's are counted from the picture.
         return index if self.flow else self.steps - 1 - index
 
+    def below(self, index: int, strength: float) -> int:
+        """An index of all noise levels -> the one at the same share of those up to image-to-image's `strength`."""
+        if self.flow:
+            return self.steps - 1 - int((self.steps - 1 - index) * strength)
+        return int(index * strength)
+
     def timesteps(self, indices: Tensor) -> Tensor:
         """(B,) timestep indices -> the denoiser's timesteps (B,)."""
         if self.flow:

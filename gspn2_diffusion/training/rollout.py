@@ -16,9 +16,9 @@ from .objective import Objective
 class Rollout:
     """Trajectories from noise towards pictures, deterministic (DDIM or Euler) and guided.
 
-    They begin with the captions and the noise of training samples. A step's predictions, which training makes anyway,
-    move them on. At first they stop after different numbers of steps, so that later each training step meets all noise
-    levels.
+    They begin with the captions and the noise of training samples, below full strength with the noised samples. A
+    step's predictions, which training makes anyway, move them on. At first they stop after different numbers of steps,
+    so that later each training step meets all noise levels.
 
     Args:
         objective: of the model.
@@ -27,6 +27,7 @@ class Rollout:
         guidance_scale: w in "without + w (with - without caption)"; 1 asks for no prediction without caption.
         steps: denoising steps of a whole sampling.
         stop: share of them, from noise, after which a trajectory begins anew.
+        strength: below 1 trajectories begin where image-to-image of that strength does, and go on to the last step.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class Rollout:
         guidance_scale: float = 5.0,
         steps: int = 25,
         stop: float = 1.0,
+        strength: float = 1.0,
     ) -> None:
         self.objective, self.empty, self.count, self.guidance_scale = objective, dict(empty), count, guidance_scale
         self.indices = torch.tensor(objective.schedule(steps))
-        self.followed = max(1, round(stop * steps))
+        self.first = steps - max(1, int(strength * steps))
+        self.followed = steps - self.first if self.first else max(1, round(stop * steps))
         self.sizes: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -49,28 +52,32 @@ class Rollout:
         return 1 if self.guidance_scale == 1 else 2
 
     def states(
-        self, size: str, noise: Tensor, conditions: dict[str, Tensor]
+        self, size: str, latents: Tensor, noise: Tensor, conditions: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What the denoiser is to be asked, after trajectories that have ended began anew.
 
         Args:
             size: of the pictures; each has trajectories of its own.
-            noise: (count or more, ...), conditions: the same many rows: of the samples to begin with.
+            latents, noise: (count or more, ...), conditions: the same many rows: of the samples to begin with.
 
         Returns:
             Noisy latents, timestep indices and conditions of predictions * count rows, those with captions first.
         """
         # Moved once: they stay where the states are.
         empty = self.empty[size] = {name: value.to(noise.device) for name, value in self.empty[size].items()}
-        fresh = {"state": noise.float(), **{f"conditions.{name}": conditions[name] for name in empty}}
+        place = torch.full((self.count,), self.first, device=noise.device)
+        begun = noise
+        if self.first:
+            at = torch.full_like(place, int(self.indices[self.first]))
+            begun = self.objective.noised(latents[: self.count], noise[: self.count], at)[0]
+        fresh = {"state": begun.float(), **{f"conditions.{name}": conditions[name] for name in empty}}
         fresh = {name: value[: self.count].clone() for name, value in fresh.items()}
-        place = torch.zeros(self.count, dtype=torch.long, device=noise.device)
         if size not in self.sizes:
             left = torch.arange(self.count, device=noise.device) % self.followed + 1
             self.sizes[size] = {**fresh, "place": place, "left": left}
         kept = self.sizes[size]
         ended = kept["left"] == 0
-        for name, value in {**fresh, "place": place, "left": place + self.followed}.items():
+        for name, value in {**fresh, "place": place, "left": torch.full_like(place, self.followed)}.items():
             kept[name] = torch.where(ended.view(-1, *[1] * (value.ndim - 1)), value, kept[name])
         rows = {name: kept[f"conditions.{name}"] for name in empty}
         if self.predictions == 2:

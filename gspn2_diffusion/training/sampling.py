@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from .arguments import TrainingError
 from .encode import EncodedDataset
 from .objective import Objective
 
@@ -38,7 +39,7 @@ class BatchOrder:
         self.groups: dict[str, list[int]] = {}
         for index in samples:
             self.groups.setdefault(sizes[index], []).append(index)
-        self.total, self.seed = total, seed
+        self.samples, self.total, self.seed = len(samples), total, seed
         self.steps_per_epoch = sum(-(-len(group) // total) for group in self.groups.values())
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
@@ -61,22 +62,46 @@ class BatchOrder:
         return [steps[i] for i in torch.randperm(len(steps), generator=generator)]
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches for one process: lists of (place in the run, sample), from step `first` to `last` - 1."""
+def turns(shares: list[float], steps: int) -> list[tuple[int, int]]:
+    """For each step of a run the part whose turn it is, and how many turns that part had before.
 
-    def __init__(self, order: BatchOrder, first: int, last: int, micro: int, accumulation: int, rank: int, world: int):
-        self.order, self.first, self.last = order, first, last
-        self.micro, self.accumulation, self.rank, self.world = micro, accumulation, rank, world
+    It is the part that is furthest behind its share, so that the shares hold all the time as nearly as they can.
+    """
+    had, order = [0] * len(shares), []
+    for step in range(steps):
+        part = max(range(len(shares)), key=lambda p: shares[p] / sum(shares) * (step + 1) - had[p])
+        order.append((part, had[part]))
+        had[part] += 1
+    return order
+
+
+class StepSampler(Sampler[list[tuple[int, int, int]]]):
+    """Batches for one process: lists of (part, place in the part's samples of the run, sample).
+
+    Args:
+        orders: of each part.
+        taken: each step's part and its turn, see `turns`; only steps that are to be made.
+        accumulation: batches of a step of one process.
+        rank, world: this process and their number.
+    """
+
+    def __init__(
+        self, orders: list[BatchOrder], taken: list[tuple[int, int]], accumulation: int, rank: int, world: int
+    ) -> None:
+        self.orders, self.taken = orders, taken
+        self.accumulation, self.rank, self.world = accumulation, rank, world
 
     def __len__(self) -> int:
-        return (self.last - self.first) * self.accumulation
+        return len(self.taken) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.first, self.last):
-            placed = list(enumerate(self.order.step(step), start=step * self.order.total))
-            for part in range(self.accumulation):
-                start = (part * self.world + self.rank) * self.micro
-                yield placed[start : start + self.micro]
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for part, turn in self.taken:
+            order = self.orders[part]
+            placed = [(part, turn * order.total + i, sample) for i, sample in enumerate(order.step(turn))]
+            micro = order.total // (self.accumulation * self.world)
+            for batch in range(self.accumulation):
+                start = (batch * self.world + self.rank) * micro
+                yield placed[start : start + micro]
 
 
 class PlacedSamples(torch.utils.data.Dataset):
@@ -87,24 +112,36 @@ class PlacedSamples(torch.utils.data.Dataset):
         objective: draws timesteps.
         seed: of the draws.
         empty_share: share of samples with the empty caption.
+        strength: highest noise level, as image-to-image's.
+        part: number of the part of the run whose samples these are.
     """
 
-    def __init__(self, data: EncodedDataset, objective: Objective, seed: int, empty_share: float) -> None:
+    def __init__(
+        self,
+        data: EncodedDataset,
+        objective: Objective,
+        seed: int,
+        empty_share: float,
+        strength: float = 1.0,
+        part: int = 0,
+    ) -> None:
         self.data, self.objective, self.seed, self.empty_share = data, objective, seed, empty_share
+        self.strength, self.part = strength, part
 
     def __getitem__(self, placed: tuple[int, int]) -> dict[str, Any]:
         place, index = placed
         sample, size = self.data[index], self.data.sizes[index]
         generator = _generator(self.seed, -1, place)
         latents = sample.pop("latents").float()
-        step = self.objective.draw(generator)
+        step = self.objective.below(self.objective.draw(generator), self.strength)
         if torch.rand((), generator=generator) < self.empty_share:
             sample = self.data.empty[size]
         noise = torch.randn(latents.shape, generator=generator)
         return {"latents": latents, "noise": noise, "index": step, "size": size, "conditions": sample}
 
-    def fixed(self, place: int, index: int) -> dict[str, Any]:
-        """A held-out sample with its own caption and noise that no training sample has."""
+    def fixed(self, place: int, index: int, among: int) -> dict[str, Any]:
+        """One of `among` held-out samples with its own caption and noise that no training sample has; their timesteps
+        are spread evenly."""
         sample = self.data[index]
         latents = sample.pop("latents").float()
         noise = torch.randn(latents.shape, generator=_generator(self.seed, -3, place))
@@ -112,7 +149,7 @@ class PlacedSamples(torch.utils.data.Dataset):
         return {
             "latents": latents,
             "noise": noise,
-            "index": 0,
+            "index": self.objective.below(int((place + 0.5) / among * self.objective.steps), self.strength),
             "size": self.data.sizes[index],
             "conditions": conditions,
         }
@@ -129,10 +166,25 @@ class PlacedSamples(torch.utils.data.Dataset):
             "indices": torch.tensor([item["index"] for item in items]),
             "conditions": {**conditions, **self.data.shared.get(size, {})},
             "size": size,
+            "part": self.part,
         }
 
 
-def loader(samples: PlacedSamples, sampler: StepSampler, workers: int) -> DataLoader:
+class Parts(torch.utils.data.Dataset):
+    """Samples of all parts of a run: (part, place, sample) -> as `PlacedSamples`; a batch is of one part."""
+
+    def __init__(self, parts: list[PlacedSamples]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, placed: tuple[int, int, int]) -> dict[str, Any]:
+        part, place, index = placed
+        return {**self.parts[part][place, index], "part": part}
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.parts[items[0]["part"]].collate(items)
+
+
+def loader(samples: Parts, sampler: StepSampler, workers: int) -> DataLoader:
     """Batches of one process. Workers only read: results do not depend on their number."""
     return DataLoader(
         samples,
@@ -164,4 +216,24 @@ def held_out(data: EncodedDataset, count: int, seed: int) -> tuple[list[int], li
     return [index for index in range(len(data)) if index not in kept], out
 
 
-__all__ = ["BatchOrder", "PlacedSamples", "StepSampler", "held_out", "loader", "to_device"]
+def without_rows(data: EncodedDataset, rows: list[int]) -> tuple[list[int], list[int]]:
+    """As `held_out`, for the same pictures at another resolution: those of `rows` are held out.
+
+    Raises:
+        TrainingError: nothing is left to train on.
+    """
+    hidden = set(rows)
+    kept = [index for index, row in enumerate(data.rows) if row not in hidden]
+    if not kept:
+        raise TrainingError(
+            f"All {len(data)} samples at {data.sizes[0]} pixels are held out; raise --max_train_samples or lower "
+            "--holdout_samples."
+        )
+    place = {row: index for index, row in enumerate(data.rows)}
+    out = [place[row] for row in rows if row in place]
+    return kept, [index for index in out if data.sizes[index] == data.sizes[out[0]]]
+
+
+__all__ = [
+    "BatchOrder", "Parts", "PlacedSamples", "StepSampler", "held_out", "loader", "to_device", "turns", "without_rows",
+]  # fmt: skip

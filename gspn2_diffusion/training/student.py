@@ -7,6 +7,7 @@ see one forward call with one loss.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ class StudentStep(nn.Module):
         objective: noising and targets.
         noise_weight, output_weight, layer_weight: weights of the losses against the true noise, the teacher's output
             and the teacher's attention outputs (mean over layers). A loss of weight 0 costs nothing.
-        rollout: states of the student's own sampling, which take the place of the first samples of a batch. There is no
-            true noise for them, but the teacher's guided output.
+        rollouts: for each part of the run (size of pictures) states of the student's own sampling, which take the place
+            of the first samples of a batch. There is no true noise for them, but the teacher's guided output.
         guided_weight: weight of the loss against that output, over the squared guidance scale.
     """
 
@@ -64,11 +65,11 @@ class StudentStep(nn.Module):
         noise_weight: float,
         output_weight: float,
         layer_weight: float,
-        rollout: Rollout | None = None,
+        rollouts: Sequence[Rollout] = (),
         guided_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.rollout, self.guided_weight = rollout, guided_weight
+        self.rollouts, self.guided_weight = list(rollouts), guided_weight
         self.denoiser, self.objective = denoiser, objective
         self.noise_weight, self.output_weight, self.layer_weight = noise_weight, output_weight, layer_weight
         names = inspect.signature(type(denoiser).forward).parameters
@@ -85,6 +86,7 @@ class StudentStep(nn.Module):
         indices: Tensor,
         conditions: dict[str, Tensor],
         size: str = "",
+        part: int = 0,
         layerwise: bool = False,
         measure: bool = False,
     ) -> Any:
@@ -92,7 +94,7 @@ class StudentStep(nn.Module):
             latents, noise: (B, ...) float32.
             indices: (B,) timestep indices.
             conditions: the denoiser's other arguments, nested names joined by dots.
-            size: of the pictures; for a rollout.
+            size: of the pictures, part: of the run; for a rollout.
             layerwise: the first stage, in which each layer learns from the teacher's own input of it.
             measure: return `distance` instead; here, because FSDP gathers weights for this call only.
 
@@ -101,12 +103,12 @@ class StudentStep(nn.Module):
         """
         if measure:
             return self.distance(latents, noise, indices, conditions)
-        rollout = None if layerwise else self.rollout
+        rollout = self.rollouts[part] if self.rollouts and not layerwise else None
         first = rollout.count if rollout is not None else 0
         kept = len(latents) - first
         noisy, timesteps, target = self.objective.noised(latents[first:], noise[first:], indices[first:])
         if rollout is not None:
-            states, at, rows = rollout.states(size, noise, conditions)
+            states, at, rows = rollout.states(size, latents, noise, conditions)
             noisy, timesteps = torch.cat((noisy, states)), torch.cat((timesteps, self.objective.timesteps(at)))
             conditions = with_rows(conditions, rows, first)
         call = self.arguments(noisy, timesteps, conditions)

@@ -29,10 +29,20 @@ from ..patching import apply_gspn2, gspn2_disabled, remove_gspn2
 from ..patching.families import find_model
 from .arguments import TrainingArguments, TrainingError
 from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy
-from .encode import EncodedDataset, encode_dataset
+from .encode import EncodedDataset, encode_datasets
 from .objective import Objective
 from .rollout import Rollout
-from .sampling import BatchOrder, PlacedSamples, StepSampler, held_out, loader, to_device
+from .sampling import (
+    BatchOrder,
+    Parts,
+    PlacedSamples,
+    StepSampler,
+    held_out,
+    loader,
+    to_device,
+    turns,
+    without_rows,
+)
 from .student import StudentStep
 
 logger = logging.getLogger(__name__)
@@ -88,10 +98,11 @@ def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
     for part, wanted in ((find_model(pipe), dtype), (pipe.vae, torch.float32)):
         if part.dtype != wanted:
             part.to(dtype=wanted)
-    cache = encode_dataset(args, pipe, accelerator)
-    data = EncodedDataset(cache)
-    if data.broken:
-        logger.warning("%d images cannot be read and are left out: %s", len(data.broken), few(data.broken, 20))
+    folders = encode_datasets(args, pipe, accelerator)
+    caches = {cache: EncodedDataset(cache) for cache in folders}
+    data = [caches[cache] for cache in folders]
+    if broken := data[0].broken:
+        logger.warning("%d images cannot be read and are left out: %s", len(broken), few(broken, 20))
     if args.encode_only:
         return None
     if accelerator.is_main_process:
@@ -114,20 +125,23 @@ class _Run:
     """One training run after its data is encoded."""
 
     def __init__(
-        self, args: TrainingArguments, accelerator: Accelerator, pipe: Any, data: EncodedDataset, folder: Path
+        self, args: TrainingArguments, accelerator: Accelerator, pipe: Any, data: list[EncodedDataset], folder: Path
     ) -> None:
         self.args, self.accelerator, self.pipe, self.folder = args, accelerator, pipe, folder
         denoiser: Any = find_model(pipe)
         denoiser.requires_grad_(False)
         denoiser.eval()
         self.adapter = self._layers(denoiser)
-        self.objective = make_objective(pipe.scheduler, args, data.facts["timestep_scale"])
-        rollout = None
-        if args.rollout_share:
-            how = (args.rollout_guidance_scale, args.rollout_steps, args.rollout_stop)
-            rollout = Rollout(self.objective, data.empty, args.rollouts(), *how)
+        self.objective = make_objective(pipe.scheduler, args, data[0].facts["timestep_scale"])
+        self.parts = args.parts()
+        how = (args.rollout_guidance_scale, args.rollout_steps, args.rollout_stop)
+        rollouts = [
+            Rollout(self.objective, own.empty, args.rollouts(part), *how, part.strength)
+            for part, own in zip(self.parts, data, strict=True)
+            if args.rollout_share
+        ]
         weights = (args.noise_loss_weight, args.output_loss_weight, args.layer_loss_weight)
-        module = StudentStep(denoiser, self.objective, *weights, rollout, args.guided_loss_weight)
+        module = StudentStep(denoiser, self.objective, *weights, rollouts, args.guided_loss_weight)
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
         if not args.validation_prompts:
@@ -148,12 +162,23 @@ class _Run:
         self.student: StudentStep = accelerator.unwrap_model(self.module)
         self.ema = EMAModel(self.adapter.parameters(), decay=args.ema_decay) if args.use_ema else None
         self.checkpoints = Checkpoints(
-            folder, accelerator, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit, rollout
+            folder, accelerator, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit, rollouts
         )
-        self.trained, self.held_out = held_out(data, args.holdout_samples, args.seed)
-        self.samples = PlacedSamples(data, self.objective, args.seed, args.proportion_empty_prompts)
-        total = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-        self.order = BatchOrder(data.sizes, self.trained, total, args.seed)
+        split = held_out(data[0], args.holdout_samples, args.seed)
+        hidden = [data[0].rows[index] for index in split[1]]
+        self.samples: list[PlacedSamples] = []
+        self.orders: list[BatchOrder] = []
+        self.held_out: list[list[int]] = []
+        for number, (part, own) in enumerate(zip(self.parts, data, strict=True)):
+            trained, out = split if own is data[0] else without_rows(own, hidden)
+            # Parts draw independently, the first as if it were alone.
+            seed = args.seed + (number << 32)
+            empty = args.proportion_empty_prompts
+            self.samples.append(PlacedSamples(own, self.objective, seed, empty, part.strength, number))
+            total = part.batch * accelerator.num_processes * args.gradient_accumulation_steps
+            self.orders.append(BatchOrder(own.sizes, trained, total, seed))
+            self.held_out.append(out)
+        self.turns = turns([part.share for part in self.parts], args.max_train_steps)
         self.log = Log(folder / "log.jsonl", accelerator)
         if args.report_to:
             accelerator.init_trackers(args.tracker_project_name, config=_plain(args))
@@ -181,24 +206,29 @@ class _Run:
                 shutil.rmtree(partial)
         trainable = sum(p.numel() for p in self.adapter.parameters())
         logger.info(
-            "Training %d layers (%.2f M parameters) on %d samples, %d per step, steps %d to %d.",
+            "Training %d layers (%.2f M parameters), steps %d to %d.",
             len(self.adapter.layer_names),
             trainable / 1e6,
-            len(self.trained),
-            self.order.total,
             start,
             args.max_train_steps,
         )
+        for number, (samples, order) in enumerate(zip(self.samples, self.orders, strict=True)):
+            logger.info(
+                "%d samples of %s pixels, noise up to strength %g, %d per step, %d steps.",
+                order.samples,
+                samples.data.sizes[0],
+                samples.strength,
+                order.total,
+                sum(part == number for part, _ in self.turns),
+            )
         sampler = StepSampler(
-            self.order,
-            start,
-            args.max_train_steps,
-            args.train_batch_size,
+            self.orders,
+            self.turns[start:],
             args.gradient_accumulation_steps,
             accelerator.process_index,
             accelerator.num_processes,
         )
-        batches = iter(loader(self.samples, sampler, args.dataloader_num_workers))
+        batches = iter(loader(Parts(self.samples), sampler, args.dataloader_num_workers))
         if start == 0:
             self._watch(0)
         bar = tqdm(
@@ -242,7 +272,8 @@ class _Run:
                 count, seconds = done - since, time.perf_counter() - watch
                 means = {name: self._mean(value, count) for name, value in sums.items()}
                 means["skipped_steps"] = round(means["skipped_steps"] * count)
-                means |= {"lr": self.rate(step), "samples_per_second": self.order.total * count / seconds}
+                seen = sum(self.orders[part].total for part, _ in self.turns[since:done])
+                means |= {"lr": self.rate(step), "samples_per_second": seen / seconds}
                 if torch.cuda.is_available():
                     means["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
                 self.log.write(done, {"stage": "layerwise" if layerwise else "end to end", **means})
@@ -265,10 +296,15 @@ class _Run:
         """Distance to the teacher, and pictures, at the steps at which they are due."""
         args = self.args
         regular = done > 0 and (done % args.validation_steps == 0 or done == args.max_train_steps)
-        if self.held_out and (regular or done in args.distance_steps):
+        if self.held_out[0] and (regular or done in args.distance_steps):
+            distances: dict[str, float] = {}
             with self._averaged():
-                output, layers = self._distance()
-            self.log.write(done, {"distance": output, "layer_distance": layers})
+                for number, part in enumerate(self.parts):
+                    name = f"_{part.resolution}@{part.strength:g}" if number else ""
+                    if self.held_out[number]:
+                        output, layers = self._distance(number)
+                        distances |= {f"distance{name}": output, f"layer_distance{name}": layers}
+            self.log.write(done, distances)
         if args.validation_prompts and regular and self.accelerator.is_main_process:
             with self._averaged(), self.accelerator.autocast():
                 self._draw(done)
@@ -307,7 +343,7 @@ class _Run:
                 )
 
     def _pictures(self) -> list[Any]:
-        height, width = map(int, self.samples.data.sizes[0].split("x"))
+        height, width = map(int, self.samples[0].data.sizes[0].split("x"))
         return [
             self.pipe(
                 prompt,
@@ -320,20 +356,19 @@ class _Run:
             for place, prompt in enumerate(self.args.validation_prompts or [])
         ]
 
-    def _distance(self) -> tuple[float, float]:
-        """Mean over the held-out samples, with timesteps spread evenly and noise that is always the same."""
-        items = [self.samples.fixed(place, index) for place, index in enumerate(self.held_out)]
-        for place, item in enumerate(items):
-            item["index"] = int((place + 0.5) / len(items) * self.objective.steps)
+    def _distance(self, part: int) -> tuple[float, float]:
+        """Mean over a part's held-out samples, with timesteps spread evenly and noise that is always the same."""
+        samples, out, size = self.samples[part], self.held_out[part], self.parts[part].batch
+        items = [samples.fixed(place, index, len(out)) for place, index in enumerate(out)]
         output, layers = 0.0, 0.0
         with torch.no_grad():
-            for start in range(0, len(items), self.args.train_batch_size):
-                part = items[start : start + self.args.train_batch_size]
+            for start in range(0, len(items), size):
+                batch = items[start : start + size]
                 of_output, of_layers = self.module(
-                    **to_device(self.samples.collate(part), self.accelerator.device), measure=True
+                    **to_device(samples.collate(batch), self.accelerator.device), measure=True
                 )
-                output += of_output * len(part) / len(items)
-                layers += of_layers * len(part) / len(items)
+                output += of_output * len(batch) / len(items)
+                layers += of_layers * len(batch) / len(items)
         return output, layers
 
     def _finish(self) -> None:
