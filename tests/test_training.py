@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import shutil
 import tarfile
 import time
 from pathlib import Path
@@ -242,7 +243,7 @@ def test_fsdp_trains_and_saves_the_same_adapter(folders: tuple[Path, Path], tmp_
     """FSDP2 on two processes: the gradient and the files of one process, which can go on from the checkpoint."""
     port = free_port()
     sharded = arguments(*folders, tmp_path / "sharded", **GRADIENT, train_batch_size=2, use_ema=True)
-    ranks = [start_child(sharded, rank, 2, port, fsdp=True) for rank in range(2)]
+    ranks = [start_child(sharded, rank, 2, port, backend="fsdp2") for rank in range(2)]
     options = {**GRADIENT, "train_batch_size": 4, "use_ema": True}
     train(arguments(*folders, tmp_path / "one", **options))
     for rank in ranks:
@@ -253,6 +254,35 @@ def test_fsdp_trains_and_saves_the_same_adapter(folders: tuple[Path, Path], tmp_
         more = {**options, "max_train_steps": 2, "resume_from_checkpoint": "latest"}
         train(arguments(*folders, tmp_path / name, **more))
     assert_near(weights(tmp_path / "sharded"), weights(tmp_path / "one"))
+
+
+def test_deepspeed_trains_and_saves_the_same_adapter(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """ZeRO-2 on two processes: the gradient, the clipping and the files of one process; each goes on from the other's
+    checkpoint."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    options = {**GRADIENT, "use_ema": True, "ema_decay": 0.5, "layerwise_steps": 2, "max_grad_norm": 0.01}
+    more = {**options, "max_train_steps": 3, "resume_from_checkpoint": "latest"}
+
+    def sharded(name: str, **options: Any) -> None:
+        port = free_port()
+        args = arguments(*folders, tmp_path / name, **options, train_batch_size=1, gradient_accumulation_steps=2)
+        ranks = [start_child(args, rank, 2, port, backend="deepspeed_zero2") for rank in range(2)]
+        for rank in ranks:
+            rank.join()
+            assert rank.exitcode == 0
+
+    sharded("sharded", **options)
+    train(arguments(*folders, tmp_path / "one", **options, train_batch_size=4))
+    assert_near(weights(tmp_path / "sharded"), weights(tmp_path / "one"))
+    for name in ("sharded", "one"):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}-first")
+    for name in ("sharded-first", "one"):
+        train(arguments(*folders, tmp_path / name, **more, train_batch_size=4))
+    for name in ("sharded", "one-first"):
+        sharded(name, **more)
+    for name in ("sharded", "sharded-first", "one-first"):
+        assert_near(weights(tmp_path / name), weights(tmp_path / "one"))
+        assert checkpoints(tmp_path / name)[-1].name == "checkpoint-3"
 
 
 @pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)

@@ -58,9 +58,9 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def start_child(args: TrainingArguments, rank: int = 0, world: int = 1, port: int = 0, fsdp: bool = False) -> Any:
-    """Runs a training in a process of its own; several ranks make one training, sharded with `fsdp`."""
-    child = _context.Process(target=_train, args=(args, rank, world, port, fsdp))
+def start_child(args: TrainingArguments, rank: int = 0, world: int = 1, port: int = 0, backend: str = "ddp") -> Any:
+    """Runs a training in a process of its own; several ranks make one, by "ddp", "fsdp2" or "deepspeed_zero2"."""
+    child = _context.Process(target=_train, args=(args, rank, world, port, backend))
     child.start()
     return child
 
@@ -83,17 +83,17 @@ def _join(rank: int, world: int, port: int) -> None:
     }
 
 
-def _train(args: TrainingArguments, rank: int, world: int, port: int, fsdp: bool) -> None:
+def _train(args: TrainingArguments, rank: int, world: int, port: int, backend: str) -> None:
     if world > 1:
         _join(rank, world, port)
-    if fsdp:
-        _shard()
+    if backend != "ddp":
+        config = yaml.safe_load((Path(__file__).parents[1] / "examples" / "accelerate" / f"{backend}.yaml").read_text())
+        _shard(config) if backend == "fsdp2" else _zero(config)
     train(args)
 
 
-def _shard() -> None:
+def _shard(config: dict[str, Any]) -> None:
     """examples/accelerate/fsdp2.yaml as `accelerate launch` puts it into the environment, in float32."""
-    config = yaml.safe_load((Path(__file__).parents[1] / "examples" / "accelerate" / "fsdp2.yaml").read_text())
     names = {"FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
     for key, value in config["fsdp_config"].items():
         name = key.upper()
@@ -102,6 +102,15 @@ def _shard() -> None:
     # accelerate offers FSDP on devices only; torch shards on the CPU as well.
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _zero(config: dict[str, Any]) -> None:
+    """examples/accelerate/deepspeed_zero2.yaml likewise."""
+    os.environ |= {f"ACCELERATE_DEEPSPEED_{key.upper()}": str(v) for key, v in config["deepspeed_config"].items()}
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    # accelerate starts DeepSpeed on devices only; DeepSpeed takes the processes as they are.
+    PartialState(cpu=True)
+    del os.environ["ACCELERATE_USE_CPU"]
 
 
 def start_command(argv: list[str], rank: int, world: int, port: int) -> Any:

@@ -16,7 +16,7 @@ from accelerate import Accelerator, DistributedType
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import GSPN2Adapter
 from ..loading import UserError
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
 PARTIAL = ".partial"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's."""
+DEEPSPEED_COPY = "_hp_mapping"
+"""The attribute by which DeepSpeed (ZeRO 1 and 2) finds the float32 copy of a parameter."""
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -73,13 +77,9 @@ class Checkpoints:
             CheckpointError: it could not be written, say because the disk is full. Older checkpoints are untouched.
         """
         tensors, state = self._state(step)
-        adapter = full_copy(self.adapter)
+        adapter = full_copy(self.adapter, trained_values(self.adapter))
         final = self.folder / f"{PREFIX}{step}"
         partial = final.with_name(final.name + PARTIAL)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # Each process writes its own shard of the optimizer.
-            self.accelerator.save_state(str(partial / "deepspeed"))
-            self.accelerator.wait_for_everyone()
         if self.rollouts:
             with self._writing(step, partial):
                 for part, rollout in enumerate(self.rollouts):
@@ -120,9 +120,8 @@ class Checkpoints:
     def _state(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state: dict[str, Any] = {"step": step}
         tensors: dict[str, Tensor] = {}
-        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            for index, moments in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in moments.items()}
+        for index, moments in self._moments().items():
+            tensors |= {f"optimizer.{index}.{name}": whole(value) for name, value in moments.items()}
         if self.ema is not None:
             average = self.ema.state_dict()
             for index, value in enumerate(average.pop("shadow_params")):
@@ -131,6 +130,40 @@ class Checkpoints:
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return tensors, state
+
+    def _moments(self) -> dict[int, dict[str, Tensor]]:
+        """The optimizer's state, by the index of the adapter's parameter."""
+        if not self._deepspeed:
+            return self.optimizer.state_dict()["state"]
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        # One flat tensor for all parameters of a group, each process holding its part; the count of steps is common.
+        steps = next(iter(self.optimizer.optimizer.optimizer.state.values()))["step"]
+        return {
+            index: {"step": steps.clone()} | {name: safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
+            for index, parameter in enumerate(self.adapter.parameters())
+        }
+
+    def _set_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        if not self._deepspeed:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        zero = self.optimizer.optimizer
+        for flat in zero.single_partition_of_fp32_groups:
+            # As AdamW's first step makes it.
+            zero.optimizer.state[flat] = {"step": moments[0]["step"].clone()}
+            zero.optimizer.state[flat] |= {name: torch.zeros_like(flat) for name in MOMENTS}
+        zero._lazy_init_hp_params_optimizer_state()
+        for index, parameter in enumerate(self.adapter.parameters()):
+            for name in MOMENTS:
+                safe_set_full_optimizer_state(parameter, moments[index][name].to(parameter.device), name)
+
+    @property
+    def _deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def load(self, which: str) -> int:
         """Restores `"latest"` or a checkpoint's folder and returns its step; 0 if there is no latest one.
@@ -166,16 +199,12 @@ class Checkpoints:
         if self.ema is not None:
             self.ema.load_state_dict({**state["ema"], "shadow_params": [average[i] for i in range(len(average))]})
             self.ema.to(self.accelerator.device)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.accelerator.load_state(str(path / "deepspeed"))
-        else:
-            moments: dict[int, dict[str, Tensor]] = {}
-            parameters = list(self.adapter.parameters())
-            for key, value in tensors.items():
-                _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = sharded_like(parameters[int(index)], value)
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        moments: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.adapter.parameters())
+        for key, value in tensors.items():
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = sharded_like(parameters[int(index)], value)
+        self._set_moments(moments)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         for part, rollout in enumerate(self.rollouts):
@@ -192,7 +221,7 @@ def whole(value: Tensor) -> Tensor:
     return full.detach().cpu().contiguous()
 
 
-def full_copy(adapter: GSPN2Adapter, values: list[Tensor] | None = None) -> GSPN2Adapter:
+def full_copy(adapter: GSPN2Adapter, values: Sequence[Tensor] | None = None) -> GSPN2Adapter:
     """The adapter on the CPU, with other values for its parameters if given (an average's).
 
     Every process calls it: what FSDP has sharded is gathered from all.
@@ -203,10 +232,25 @@ def full_copy(adapter: GSPN2Adapter, values: list[Tensor] | None = None) -> GSPN
     return copy
 
 
+def trained_values(adapter: GSPN2Adapter) -> list[nn.Parameter]:
+    """The adapter's parameters, or what DeepSpeed trains instead of them: float32 copies, sharded over the processes,
+    of which the parameters are the rounded values. Every process calls it."""
+    parameters = list(adapter.parameters())
+    if not hasattr(parameters[0], DEEPSPEED_COPY):
+        return parameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return [nn.Parameter(safe_get_full_fp32_param(parameter)) for parameter in parameters]
+
+
 @torch.no_grad()
 def load_whole(adapter: GSPN2Adapter, values: dict[str, Tensor]) -> None:
     """Puts full tensors into the adapter's parameters, sharded or not."""
     for name, parameter in adapter.named_parameters():
+        if hasattr(parameter, DEEPSPEED_COPY):
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, values[name].to(parameter.device))
         parameter.copy_(sharded_like(parameter, values[name].to(parameter.device, parameter.dtype)))
 
 

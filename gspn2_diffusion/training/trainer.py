@@ -28,7 +28,7 @@ from ..loading import SHIPPED, open_pipeline
 from ..patching import apply_gspn2, gspn2_disabled, remove_gspn2
 from ..patching.families import find_model
 from .arguments import TrainingArguments, TrainingError
-from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy
+from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy, trained_values
 from .encode import EncodedDataset, encode_datasets
 from .objective import Objective
 from .rollout import Rollout
@@ -111,14 +111,21 @@ def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
 
 
 def _fit_backend(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Refuses what FSDP cannot do, and tells DeepSpeed the batch size that it takes from a data loader otherwise."""
+    """Refuses what FSDP cannot do, and tells DeepSpeed what it would take from a data loader or a file of its own."""
     kind = accelerator.distributed_type
     for flag, used in (("layerwise_steps", args.layerwise_steps), ("validation_prompts", args.validation_prompts)):
         if kind == DistributedType.FSDP and used:
             # Both run parts of the model by themselves, without the hooks that gather their weights.
             raise TrainingError(f"--{flag} does not work with FSDP; leave it out, or use DDP or DeepSpeed.")
     if kind == DistributedType.DEEPSPEED:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = config.get("zero_optimization", {})
+        if zero.get("stage") not in (1, 2) or zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            raise TrainingError(
+                "Of DeepSpeed, ZeRO stages 1 and 2 without offloading are supported; for less, use FSDP2."
+            )
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
 
 
 class _Run:
@@ -160,7 +167,7 @@ class _Run:
         self.rate = learning_rates(args)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.student: StudentStep = accelerator.unwrap_model(self.module)
-        self.ema = EMAModel(self.adapter.parameters(), decay=args.ema_decay) if args.use_ema else None
+        self.ema = EMAModel(trained_values(self.adapter), decay=args.ema_decay) if args.use_ema else None
         self.checkpoints = Checkpoints(
             folder, accelerator, self.adapter, self.optimizer, self.ema, args.checkpoints_total_limit, rollouts
         )
@@ -265,7 +272,7 @@ class _Run:
                     "instead of fp16, or resume from an earlier checkpoint."
                 )
             if self.ema is not None:
-                self.ema.step(self.adapter.parameters())
+                self.ema.step(trained_values(self.adapter))
             bar.update()
             # A line never spans both stages.
             if done % args.logging_steps == 0 or done in (args.layerwise_steps, args.max_train_steps):
@@ -375,7 +382,9 @@ class _Run:
         # Here, as `python -m gspn2_diffusion.training.report` would otherwise find itself imported already.
         from .report import write_report
 
-        adapter = full_copy(self.adapter, self.ema.shadow_params if self.ema is not None else None)
+        adapter = full_copy(
+            self.adapter, self.ema.shadow_params if self.ema is not None else trained_values(self.adapter)
+        )
         if self.accelerator.is_main_process:
             adapter.save_pretrained(self.folder)
             logger.info("Saved the adapter to %s; what happened is in %s.", self.folder, write_report(self.folder))
