@@ -6,11 +6,13 @@
 The teacher is the same model with its own attention, from the same weights. `docs/training.md` tells the rest.
 """
 
+from gspn2_diffusion.loading import ending_in_a_sentence
 from gspn2_diffusion.training import parse_args, train
 
 
 def main() -> None:
-    train(parse_args())
+    with ending_in_a_sentence():
+        train(parse_args())
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@
 Without `--adapter` the layers start from the attention they replace, or with `--init random` from scratch.
 """
 
+from gspn2_diffusion.loading import ending_in_a_sentence
 from gspn2_diffusion.training import TextToImageArguments, parse_args, train
 
 
 def main() -> None:
-    train(parse_args(TextToImageArguments))
+    with ending_in_a_sentence():
+        train(parse_args(TextToImageArguments))
 
 
 if __name__ == "__main__":

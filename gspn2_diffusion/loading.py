@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
 from packaging.version import Version
 
 from .adapter import GSPN2Adapter
@@ -27,6 +31,19 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 class UserError(Exception):
     """A mistake that the user can mend; the message states the fact and the remedy."""
+
+
+@contextmanager
+def ending_in_a_sentence(program: str | None = None) -> Iterator[None]:
+    """A `UserError` in the block ends the program with its message and status 1; other exceptions keep their traceback.
+
+    Args:
+        program: what the message begins with; None is the script's name.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"{program or Path(sys.argv[0]).name}: {error}") from None
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -83,11 +100,23 @@ def load_pipeline(
         return pipe.to(device), None
     if adapter is None and shipped and config is None:
         adapter = tiny_adapter_path()
+    return pipe.to(device), start_layers(pipe, adapter, config)
+
+
+def start_layers(target: Any, adapter: Any, config: GSPN2Config | None = None) -> GSPN2Adapter:
+    """`apply_gspn2`, whose errors are told as a user's mistakes.
+
+    Raises:
+        UserError: the adapter is not there, cannot be read or is not for this model.
+    """
     try:
-        loaded = apply_gspn2(pipe, adapter, config=config)
+        return apply_gspn2(target, adapter, config=config)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"The adapter could not be applied: {_first_sentence(error)}") from error
-    return pipe.to(device), loaded
+        what = "new layers" if adapter is None else "adapter"
+        why = _first_sentence(error)
+        if isinstance(error, OSError) and isinstance(adapter, str | os.PathLike):
+            why = _why_not_found(adapter, "config.json") or why
+        raise UserError(f"The {what} could not be applied: {why}") from error
 
 
 def open_pipeline(path: str | os.PathLike[str], dtype: torch.dtype, **options: Any) -> Any:
@@ -103,12 +132,14 @@ def open_pipeline(path: str | os.PathLike[str], dtype: torch.dtype, **options: A
         UserError: the pipeline is not there or cannot be read.
     """
     revision = {"revision": options.get("revision")} if "revision" in options else {}
+    path = os.path.expanduser(path)
     try:
         parts = DiffusionPipeline.load_config(path, **revision)
         absent = {name: None for name, value in parts.items() if isinstance(value, list) and value[:1] == [None]}
         return DiffusionPipeline.from_pretrained(path, use_safetensors=True, **{DTYPE_KEY: dtype}, **absent, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"The model {path} could not be loaded: {_first_sentence(error)}") from error
+        why = _why_not_found(path, "model_index.json") or _first_sentence(error)
+        raise UserError(f"The model {path} could not be loaded: {why}") from error
 
 
 def check_size(pipe: Any, height: int | None, width: int | None) -> None:
@@ -154,6 +185,21 @@ def writable_folder(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"The folder {path} cannot be written to ({error.strerror}); choose another.") from error
     return path
+
+
+def _why_not_found(name: str | os.PathLike[str], file: str) -> str | None:
+    """What is wrong with a name that is no folder, when the hub's own message would send the user looking at their
+    connection; None if there is another reason."""
+    text = os.fspath(name)
+    if os.path.isdir(text):
+        return None
+    if os.path.isfile(text):
+        return "it is a file; pass a folder that save_pretrained wrote."
+    if isinstance(name, os.PathLike) or text.count("/") > 1 or text.startswith(("/", ".", "~")) or "\\" in text:
+        return "there is no such folder; check the path, or pass a hub id such as NAME/MODEL."
+    if isinstance(try_to_load_from_cache(text, file), str):
+        return None
+    return "there is no such folder and no such download; check the name and, for a hub id, the connection to the hub."
 
 
 def _first_sentence(error: Exception) -> str:

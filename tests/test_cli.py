@@ -89,7 +89,7 @@ def test_mistakes_are_explained_in_a_sentence_and_nothing_is_written(
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
     device = [] if "--device" in arguments else ["--device", "cpu"]
-    assert main(["generate", *model, *arguments, *device, "--steps", "1"]) == 2
+    assert main(["generate", *model, *arguments, *device, "--steps", "1"]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("gspn2 generate: ")
     assert not list(tmp_path.rglob("*.png"))
@@ -130,7 +130,7 @@ def test_evaluate_writes_verdicts_table_and_pictures(model, tmp_path, capsys):
     assert pixels(tmp_path / "4" / "scene_eval.png").shape[2] == 3
     broken = tmp_path / "broken.jsonl"
     broken.write_text("not json")
-    assert main(["evaluate", *model, "--prompts", str(broken), "--out", str(tmp_path)]) == 2
+    assert main(["evaluate", *model, "--prompts", str(broken), "--out", str(tmp_path)]) == 1
     assert "broken.jsonl could not be read" in capsys.readouterr().err
 
 
@@ -145,7 +145,7 @@ def test_distill_hands_its_flags_to_the_training_script(capsys):
 
 def test_distill_explains_mistakes_in_a_sentence(model, tmp_path, capsys):
     def complaint(*flags):
-        assert main(["distill", *flags, "--output_dir", str(tmp_path / "out")]) == 2
+        assert main(["distill", *flags, "--output_dir", str(tmp_path / "out")]) == 1
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     data = "--train_data_dir", str(tmp_path)
@@ -155,14 +155,14 @@ def test_distill_explains_mistakes_in_a_sentence(model, tmp_path, capsys):
 
 def test_the_demo_refuses_a_port_that_cannot_be(capsys):
     pytest.importorskip("gradio")
-    assert main(["demo", "--port", "99999", "--device", "cpu"]) == 2
+    assert main(["demo", "--port", "99999", "--device", "cpu"]) == 1
     assert "cannot listen on 127.0.0.1, port 99999" in capsys.readouterr().err
 
 
 def test_plan_prints_time_and_memory(model, capsys):
     assert main(["plan", *model, "--device", "cpu", "--height", "32", "--width", "64"]) == 0
     assert "GiB" in capsys.readouterr().out
-    assert main(["plan", *model, "--device", "cpu", "--height", "33", "--width", "64"]) == 2
+    assert main(["plan", *model, "--device", "cpu", "--height", "33", "--width", "64"]) == 1
 
 
 def test_a_reader_that_stops_reading_is_no_error(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import runpy
 import shutil
 import tarfile
 import time
@@ -18,7 +19,7 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from gspn2_diffusion import GSPN2Adapter, apply_gspn2
-from gspn2_diffusion.loading import UserError
+from gspn2_diffusion.loading import UserError, ending_in_a_sentence
 from gspn2_diffusion.training import train
 from gspn2_diffusion.training.checkpoint import CheckpointError, checkpoints
 from gspn2_diffusion.training.encode import Conditioner, EncodedDataset
@@ -197,8 +198,10 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(folders: tuple[Path, Path],
     out = tmp_path / "run"
     train(arguments(*folders, out, max_train_steps=2, distance_steps=[]))
     before = {path: path.read_bytes() for path in (out / "checkpoint-2").rglob("*") if path.is_file()}
-    # Half a checkpoint, as a kill leaves it, is not taken for one.
+    # Half a checkpoint and half a line, as a kill leaves them, are not taken for whole ones.
     (out / "checkpoint-3.partial").mkdir()
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "lo')
     more = arguments(*folders, out, max_train_steps=4, distance_steps=[], resume_from_checkpoint="latest")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -211,6 +214,45 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(folders: tuple[Path, Path],
     assert all(path.read_bytes() == content for path, content in before.items())
     train(more)
     assert checkpoints(out)[-1].name == "checkpoint-4"
+    assert [line["step"] for line in log_of(out) if "loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["distill", "train_text_to_image"])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--pretrained_model_name_or_path", "/no/such/dir"], "there is no such folder; check the path"),
+        (["--pretrained_model_name_or_path", "no-such"], "no such folder and no such download; check the name"),
+        (["--adapter", "./nowhere"], "The adapter could not be applied: there is no such folder"),
+        (["--layers", "*nothing*"], "selects none of the 7 self-attentions"),
+        (["--train_data_dir", "/no/such/dir"], "has no metadata.jsonl; write one line"),
+        (["--resume_from_checkpoint", "checkpoint-9"], "is not a whole checkpoint"),
+        (["--output_dir", "/dev/null/folder"], "cannot be written to"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_the_scripts_end_in_a_sentence(
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    pipe, data = map(str, folders)
+    given = ["--pretrained_model_name_or_path", pipe, "--train_data_dir", data, "--output_dir", str(tmp_path)]
+    given += ["--cache_dir", f"{data}-cache", "--resolution", str(SIZE)]
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *given, *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ACCELERATE.parent / f"{name}.py"), run_name="__main__")
+    # Printed by Python as the last line, with exit status 1.
+    assert str(ended.value.code).startswith(f"{name}.py: ") and message in str(ended.value.code)
+
+
+def test_an_unexpected_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError), ending_in_a_sentence():
+        raise ZeroDivisionError
 
 
 def test_resuming_what_is_not_there_or_not_ours(folders: tuple[Path, Path], tmp_path: Path) -> None:

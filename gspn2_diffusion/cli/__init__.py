@@ -21,7 +21,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit status (2 for a mistake that the user can mend, 130 for Ctrl-C)."""
+    """Runs a command; returns the exit status: 1 for a mistake that the user can mend, 2 (argparse's) for one in the
+    flags, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     # Without torchvision transformers warns of image processors, which text to image has no use for.
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except UserError as error:
         print(f"gspn2 {args.command}: {error}", file=sys.stderr)
-        return 2
+        return 1
     except BrokenPipeError:  # as in `gspn2 info | head`; nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

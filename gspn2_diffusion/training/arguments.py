@@ -41,6 +41,10 @@ class Part:
     encode_batch: int
 
 
+class DivergedError(UserError, FloatingPointError):
+    """The gradient stays NaN or infinite; the message states the remedies."""
+
+
 # What new layers are made of; an adapter has its own.
 LAYER_OPTIONS = (
     "init",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "checkpoint-"
 PARTIAL = ".partial"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's."""
 DEEPSPEED_COPY = "_hp_mapping"
@@ -34,6 +36,11 @@ DEEPSPEED_COPY = "_hp_mapping"
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written or read."""
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk, quota or limit on a file's size was reached; safetensors only says so in its message."""
+    return any(getattr(error, "errno", None) == code or f"os error {code}" in str(error) for code in FULL)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -107,12 +114,29 @@ class Checkpoints:
             yield
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            older = checkpoints(self.folder)
-            kept = f"{older[-1].name} is intact" if older else "no earlier one exists"
-            raise CheckpointError(
-                f"Checkpoint {step} could not be written to {self.folder} ({error}); {kept}. "
-                "Free some space and run again with --resume_from_checkpoint latest."
-            ) from error
+            raise self._unwritten(f"Checkpoint {step}", error) from error
+
+    def _unwritten(self, what: str, error: Exception) -> CheckpointError:
+        older = checkpoints(self.folder)
+        kept = f"{older[-1].name} is intact" if older else "no earlier checkpoint exists"
+        return CheckpointError(
+            f"{what} could not be written to {self.folder} ({error}); {kept}. "
+            "Free some space and run again with --resume_from_checkpoint latest."
+        )
+
+    @contextmanager
+    def on_a_full_disk(self) -> Iterator[None]:
+        """Around whatever else a run writes: its log, pictures, report and adapter.
+
+        Raises:
+            CheckpointError: the disk is full; it names the newest whole checkpoint.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            if not is_full(error):
+                raise
+            raise self._unwritten("The run's files", error) from error
 
     def _rollout_name(self, part: int) -> str:
         return f"rollout-{self.accelerator.process_index}{f'-{part}' if part else ''}.safetensors"

@@ -71,13 +71,13 @@ def _folder(folder: Path, caption_column: str) -> list[Row]:
             '{"file_name": "0.png", "text": "its caption"}.'
         )
     rows = []
-    for number, line in enumerate(metadata.read_text().splitlines(), start=1):
+    for number, line in enumerate(metadata.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             rows.append(Row(record["file_name"], folder / record["file_name"], str(record[caption_column])))
-        except (json.JSONDecodeError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(
                 f"{metadata} line {number}: {error!r}; needed are file_name and {caption_column}."
             ) from error
@@ -85,11 +85,19 @@ def _folder(folder: Path, caption_column: str) -> list[Row]:
 
 
 def _dataset(args: TrainingArguments) -> Any:
-    import datasets
-
-    dataset = datasets.load_dataset(
-        args.dataset_name, args.dataset_config_name, data_files=args.data_files, split=args.dataset_split
-    )
+    try:
+        import datasets
+    except ImportError as error:
+        raise TrainingError("--dataset_name needs the package datasets; install it.") from error
+    try:
+        dataset = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, data_files=args.data_files, split=args.dataset_split
+        )
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+        raise TrainingError(
+            f"The dataset {args.dataset_name} could not be loaded ({error}); check --dataset_name, --data_files, "
+            "--dataset_config_name and --dataset_split."
+        ) from error
     for column in (args.image_column, args.caption_column):
         if column not in dataset.column_names:
             raise TrainingError(f"The dataset has no column {column!r}; it has {', '.join(dataset.column_names)}.")

@@ -11,7 +11,9 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -324,20 +326,33 @@ def _shard(folder: Path, start: int) -> Path:
 
 def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """safetensors under a temporary name, then renamed."""
-    partial = _partial(path)
-    save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    with _whole(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
-def _partial(path: Path) -> Path:
-    """A name of this process's own: runs that share a cache may write the same shard at once."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name, of this process's own (runs that share a cache may write the same shard at once); the file gets
+    its own name when the block ends, and is removed if it fails.
+
+    Raises:
+        TrainingError: the file could not be written.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path} could not be written ({error}); free some space or pass another --cache_dir, and run again: what "
+            "is encoded stays."
+        ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    partial = _partial(path)
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with _whole(path) as partial:
+        partial.write_bytes(content)
 
 
 class EncodedDataset(torch.utils.data.Dataset):

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 
 from ..adapter import GSPN2Adapter, few
 from ..assets import tiny_scenes_path
-from ..loading import SHIPPED, open_pipeline
-from ..patching import apply_gspn2, gspn2_disabled, remove_gspn2
+from ..loading import SHIPPED, open_pipeline, start_layers, writable_folder
+from ..patching import gspn2_disabled, remove_gspn2
 from ..patching.families import find_model
-from .arguments import TrainingArguments, TrainingError
+from .arguments import DivergedError, TrainingArguments, TrainingError
 from .checkpoint import PARTIAL, PREFIX, Checkpoints, full_copy, trained_values
 from .encode import EncodedDataset, encode_datasets
 from .objective import Objective
@@ -62,17 +62,22 @@ def train(args: TrainingArguments, pipe: Any = None) -> Path | None:
 
     Raises:
         CheckpointError: a checkpoint could not be written or read.
-        FloatingPointError: the loss stays NaN or infinite.
+        DivergedError: the loss stays NaN or infinite.
         TrainingError: options and data or model do not go together.
     """
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
-    )
+    folder = writable_folder(args.output_dir)
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
+        )
+    except ValueError as error:
+        # Such as fp16 without a GPU.
+        raise TrainingError(f"accelerate refuses these options: {error}") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("--mixed_precision fp16 needs a GPU; use bf16 or no.")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > accelerator.num_processes == 1:
         # Each would train alone and write to the same folder.
@@ -194,10 +199,8 @@ class _Run:
         level = logging.getLogger("gspn2_diffusion.patching").level
         # The warning about untrained layers is for users who want pictures now.
         logging.getLogger("gspn2_diffusion.patching").setLevel(logging.ERROR)
-        if self.args.adapter is not None:
-            adapter: Any = apply_gspn2(denoiser, self.args.adapter)
-        else:
-            adapter = apply_gspn2(denoiser, config=self.args.operator_config())
+        config = self.args.operator_config() if self.args.adapter is None else None
+        adapter: Any = start_layers(denoiser, self.args.adapter, config)
         logging.getLogger("gspn2_diffusion.patching").setLevel(level)
         adapter.requires_grad_(True)
         # Trained weights stay in float32; autocast brings their products to the model's type.
@@ -205,6 +208,14 @@ class _Run:
         return adapter
 
     def run(self) -> Path:
+        with self.checkpoints.on_a_full_disk():
+            # A bar left open would be drawn below the message that ends a run.
+            with ExitStack() as bars:
+                self._train(bars)
+            self._finish()
+        return self.folder
+
+    def _train(self, bars: ExitStack) -> None:
         args, accelerator = self.args, self.accelerator
         start = self.checkpoints.load(args.resume_from_checkpoint) if args.resume_from_checkpoint else 0
         self.log.start(start)
@@ -238,8 +249,8 @@ class _Run:
         batches = iter(loader(Parts(self.samples), sampler, args.dataloader_num_workers))
         if start == 0:
             self._watch(0)
-        bar = tqdm(
-            total=args.max_train_steps, initial=start, desc="steps", disable=not accelerator.is_local_main_process
+        bar = bars.enter_context(
+            tqdm(total=args.max_train_steps, initial=start, desc="steps", disable=not accelerator.is_local_main_process)
         )
         failed, since, watch = 0, start, time.perf_counter()
         sums: dict[str, Any] = defaultdict(float)
@@ -267,7 +278,7 @@ class _Run:
                     self.optimizer.zero_grad(set_to_none=True)
             done = step + 1
             if failed >= PATIENCE:
-                raise FloatingPointError(
+                raise DivergedError(
                     f"No finite gradient for {PATIENCE} steps up to step {done}; lower --learning_rate, use bf16 "
                     "instead of fp16, or resume from an earlier checkpoint."
                 )
@@ -291,9 +302,6 @@ class _Run:
                 self.checkpoints.save(done)
             if not sums:
                 since, watch = done, time.perf_counter()
-        bar.close()
-        self._finish()
-        return self.folder
 
     def _mean(self, value: Any, count: int) -> float:
         tensor = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
@@ -435,17 +443,26 @@ class Log:
         self.path, self.accelerator = path, accelerator
 
     def start(self, step: int) -> None:
-        """Drops lines after `step`, which a resumed run will write again."""
+        """Drops lines after `step`, which a resumed run will write again, and one that a kill or a full disk cut."""
         if not self.accelerator.is_main_process:
             return
         lines = self.path.read_text().splitlines() if step and self.path.is_file() else []
-        self.path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        partial = self.path.with_suffix(PARTIAL)
+        partial.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
+        os.replace(partial, self.path)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self.accelerator.log({name: value for name, value in values.items() if not isinstance(value, str)}, step=step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")
 
 
 def _plain(args: TrainingArguments) -> dict[str, Any]:
