@@ -44,17 +44,18 @@ def work_of(name: str, dtype: torch.dtype, backward: bool) -> cuda.Work:
 
 
 def counted_cycles(work: cuda.Work, v: cuda.Variant, device: cuda.Device = H100) -> float:
-    """From counts: of a line the slower of the copy engine's requests (one for each position and tensor) and of issued
-    instructions; the exchanges; the times the device is filled."""
-    width = v.vec * v.lanes
+    """From counts: of a line the slowest of the copy engine's rows, of wavefronts of shared memory, of issued
+    instructions and of one scanning warp's; the exchanges; the times the device is filled."""
+    row = v.vec * v.lanes * work.size
     share = -(-work.line // v.cluster)
-    requests: float = v.span * (2 + work.gates) + share
-    scanning = 30 + v.places * (10 + v.vec * 14)
-    if work.backward:
-        requests = v.span * (4 + work.gates + 1 / v.ahead) + share * (2 + work.gates)
-        scanning *= 2
-    issued = v.lanes * scanning / 4
-    line = max(2.0 * requests * max(1.0, width * work.size / 64), 1.2 * issued, 60 + scanning)
+    moved = max(2.4, 1.1 * -(-row // 32)) + (row % 32 > 0)
+    tensors = 2 + work.gates if not work.backward else 6 + 2 * work.gates
+    rows = v.span * (2.4 + moved * (tensors - 1 - work.backward * (1 + work.gates)))
+    rows += share * 2 * moved * (1 + work.backward * work.gates)
+    scanning = 30 + v.places * (10 + v.vec * (12 + 10 * work.backward))
+    wavefronts = v.lanes * (v.places * 4 * (tensors + 1) + 2 * v.vec * (1 + work.backward)) + v.span
+    issued = (v.lanes * scanning + v.span * 2) / 4
+    line = max(rows, 1.3 * wavefronts, 1.5 * issued, 60 + 1.8 * scanning)
     line += EXCHANGE_CYCLES / v.halo if v.cluster > 1 else 0
     # A cluster stays within a group of processors, 16 or 18 of them.
     at_once = device.processors // 16 * (16 // v.cluster) * v.cluster if v.cluster > 1 else device.processors
@@ -62,25 +63,21 @@ def counted_cycles(work: cuda.Work, v: cuda.Variant, device: cuda.Device = H100)
 
 
 def bulks(work: cuda.Work, most: int) -> list[cuda.Variant]:
-    """The best by count: of each cluster size, whatever the count says of it, then of each width and cluster, then
-    their other batches, halos and channels."""
-    found: dict[tuple[int, int], list[tuple[float, cuda.Variant]]] = {}
-    widths = [w for w in range(8, min(128, work.D) + 1, 8) if w <= 48 or w % 16 == 0]
-    for width, cluster in itertools.product(widths, cuda.CLUSTERS):
+    """The table's, then of each cluster size, width and channels of a lane the two that are best by count."""
+    found: dict[tuple[int, int, int], list[tuple[float, cuda.Variant]]] = {}
+    widths = [w for w in (8, 16, 24, 32, 40, 48, 64, 80) if w <= work.D + 8]
+    clusters = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)
+    for cluster, width, channels in itertools.product(clusters, widths, (8, 4)):
         same = []
-        for batch, channels, halo in itertools.product((8, 4, 2), (4, 2), (8, 4) if cluster > 1 else (8,)):
-            v = cuda.make_bulk(work, width, cluster, batch, channels, halo)
-            if v is not None and v.grid >= 32:
-                same.append((counted_cycles(work, v) * (1.1 if v.stages < 3 else 1), v))
-        if same:
-            found[width, cluster] = sorted(same, key=lambda pair: (pair[0], abs(pair[1].ahead - 4)))
-    groups = sorted(found.values(), key=lambda group: group[0][0])
-    sizes = {group[0][1].cluster: i for i, group in reversed(list(enumerate(groups)))}
-    order = sorted(range(len(groups)), key=lambda i: (i not in sizes.values(), i))
+        for batch, halo in itertools.product((8, 4, 2), (8, 4) if cluster > 1 else (8,)):
+            v = cuda.make_bulk(work, width, cluster, batch, channels, halo, promotion=2 if width == 8 else 0)
+            halos = v is not None and cluster > 1 and v.span * cluster > 1.8 * work.line
+            if v is not None and not halos and v.grid >= 40 and (v.stages > 2 or batch == 2):
+                same.append((counted_cycles(work, v), v))
+        found[cluster, width, channels] = sorted(same, key=lambda pair: pair[0])[:2]
     chosen = cuda.choose(work, H100)
-    first = [chosen] * (chosen.places > 0) + [groups[i][0][1] for i in order][: most * 3 // 4]
-    others = [group[i][1] for i in range(1, 4) for group in groups[: most // 4] if i < len(group)]
-    return first + others[: most - len(first)]
+    others = sorted(itertools.chain(*found.values()), key=lambda pair: pair[0])
+    return [chosen] * (chosen.places > 0) + [v for _, v in others][:most]
 
 
 def general(work: cuda.Work) -> cuda.Variant:
@@ -238,7 +235,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--passes", nargs="+", choices=("forward", "backward"), default=["forward"])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--most", type=int, default=20, help="variants from boxes of a shape")
+    parser.add_argument("--most", type=int, default=60, help="variants from boxes of a shape")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile; 0: none does")
     parser.add_argument("--patience", type=float, default=20, help="seconds for one variant")
     parser.add_argument("--limit", type=float, default=600, help="seconds in all; what is timed until then is reported")

@@ -3,7 +3,7 @@
 // What limits a scan is not bytes but requests: a slice of a position is 16 to 160 bytes, and each is an access of its own for the
 // load unit. The copy engine takes one instruction for a box (channels of the slice x positions of the block x BATCH lines) and
 // no registers. One thread loads boxes of x, lam, u and the logits into a ring of stages in shared memory; normalising
-// warps turn the logits into float32 weights, in place; scanning warps walk along the lines and leave y where x was; one thread has
+// warps turn the logits into float32 weights; scanning warps walk along the lines and leave y where x was; one thread has
 // the engine store it and frees the stage. They meet at signals of each stage, never all at once:
 //
 //     full (the engine's bytes) -> ready (weights) -> done (y is there) -> empty (y has been read)
@@ -32,27 +32,57 @@ using BulkBackwardParams = Boxed<BACKWARD_MAPS>;
 [[maybe_unused]] constexpr int MOST_STAGES = 8;
 
 // A box begins at whole 16 bytes of its tensor, or the engine stops the kernel with an illegal instruction. Three logits begin
-// anywhere, so a position has 32 bytes of them; its weights take the half that lanes next to each other read without conflicts.
+// anywhere, so a position has 32 bytes of them.
 [[maybe_unused]] constexpr int SLOT = 32;
 template <typename L>
 GSPN2_DEVICE int box_logit(int logit) { return logit & -static_cast<int>(16 / sizeof(L)); }
-GSPN2_DEVICE int weights_at(int position) { return position * SLOT + (position & 4) * 4; }
+
+// Lanes read 16 bytes of a row each, of rows next to each other: without conflicts if these lie in different 16 bytes of 128. Rows of
+// an odd number of them do. In boxes with rows of 32, 64 or 128 bytes the engine swaps them (the map's swizzle), after the
+// address in shared memory: boxes begin where its pattern does.
+GSPN2_DEVICE constexpr int box_alignment(int row) { return row == 128 ? 1024 : row == 64 ? 512 : 256; }
+template <int ROW>
+GSPN2_DEVICE int swizzled(int at) {
+    constexpr int parts = ROW == 32 ? 1 : ROW == 64 ? 3 : ROW == 128 ? 7 : 0;
+    return at ^ (at >> 3 & parts << 4);
+}
+
+// A line's weights, four floats a position: those of a lane's first, second, ... PLACES are apart, so that lanes next to each other
+// read 16 bytes next to each other, and so that normalising lanes, which have consecutive positions, write without conflicts.
+template <int PLACES>
+struct Weights {
+    static constexpr int APART = PLACES == 2 || PLACES == 4 || PLACES == 8 ? 40 / PLACES : 0;
+    static constexpr int GROUP = (APART ? 40 : 32) * 16, LINE = PLACES * GROUP;  // bytes of 32 positions, of a line
+    GSPN2_DEVICE static int at(int position) {
+        const int rest = position & 31;
+        return (position >> 5) * GROUP + 16 * (APART ? rest % PLACES * APART + rest / PLACES : rest);
+    }
+};
 
 // Shared memory of a block, in bytes from its beginning.
-template <typename T, int WIDTH, int CHANNELS, int BATCH, int HALO, int CLUSTER, int HAS>
+template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, int HAS>
 struct Ring {
+    static_assert(CHANNELS * sizeof(T) <= 16, "a lane's channels of a position stay together");
+    using W = Weights<PLACES>;
     static constexpr int SLICE = WIDTH, WARPS = WIDTH / CHANNELS;  // that scan
+    static constexpr int ROW = WIDTH * static_cast<int>(sizeof(T)), ALIGN = box_alignment(ROW);
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, STATE = HAS & HAS_STATE;
     // h goes where lam was.
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, TILES = 1 + (LAM || STATE) + U;
     static constexpr int INBOX = CLUSTER > 1 ? 4 * WARPS * HALO * CHANNELS * 4 : 0;
     static constexpr int SIGNALS = (4 * MOST_STAGES + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8;
-    static constexpr int BOXES = (SIGNALS + INBOX + 127) / 128 * 128;
+    static constexpr int BOXES = (SIGNALS + INBOX + ALIGN - 1) / ALIGN * ALIGN;
     int span, tile, stage;
     GSPN2_DEVICE constexpr Ring(int positions)
-        : span(positions), tile((BATCH * positions * WIDTH * static_cast<int>(sizeof(T)) + 127) / 128 * 128), stage(TILES * tile + (BATCH * positions * SLOT + 127) / 128 * 128) {}
+        : span(positions), tile((BATCH * positions * ROW + ALIGN - 1) / ALIGN * ALIGN),
+          stage((TILES * tile + BATCH * (positions * SLOT + W::LINE) + ALIGN - 1) / ALIGN * ALIGN) {}
     // Bytes that arrive for a stage.
-    GSPN2_DEVICE int loaded() const { return BATCH * span * ((1 + LAM + U) * WIDTH * static_cast<int>(sizeof(T)) + SLOT); }
+    GSPN2_DEVICE int loaded() const { return BATCH * span * ((1 + LAM + U) * ROW + SLOT); }
+    // The element with which a scanning warp's channels begin, within a line of a box.
+    GSPN2_DEVICE static int place(int position, int warp) {
+        constexpr int SIZE = sizeof(T);
+        return swizzled<ROW>(position * ROW + warp * CHANNELS * SIZE) / SIZE;
+    }
 
     GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
@@ -66,7 +96,11 @@ struct Ring {
         return reinterpret_cast<float*>(shared_memory() + SIGNALS) + ((2 * (exchange & 1) + side) * WARPS + warp) * HALO * CHANNELS;
     }
     GSPN2_DEVICE T* box(int index, int which) const { return reinterpret_cast<T*>(shared_memory() + BOXES + index * stage + which * tile); }
+    GSPN2_DEVICE T* line(int index, int which, int row) const { return box(index, which) + row * span * WIDTH; }
     GSPN2_DEVICE unsigned char* taps(int index) const { return shared_memory() + BOXES + index * stage + TILES * tile; }
+    GSPN2_DEVICE float* weights(int index, int row, int place) const {
+        return reinterpret_cast<float*>(taps(index) + BATCH * span * SLOT + row * W::LINE + place);
+    }
 };
 
 // The stage that comes next, and how often the ring has been around, as a parity.
@@ -143,6 +177,22 @@ GSPN2_DEVICE void store_boxes(const BulkParams& bulk, const Place& at, const Rea
     groups_read<0>();
 }
 
+// A position's three logits, `skipped` elements into its 32 bytes.
+template <typename L>
+GSPN2_DEVICE void read_logits(float (&logit)[3], const unsigned char* taps, int position, int skipped) {
+    const auto word = [&](int w) { return taps + swizzled<SLOT>(position * SLOT + 4 * w); };
+    if constexpr (sizeof(L) == 2) {
+        float four[4];
+        to_floats(*reinterpret_cast<const unsigned*>(word(skipped / 2)), L{}, four[0], four[1]);
+        to_floats(*reinterpret_cast<const unsigned*>(word(skipped / 2 + 1)), L{}, four[2], four[3]);
+#pragma unroll
+        for (int t = 0; t < 3; ++t) logit[t] = skipped & 1 ? four[t + 1] : four[t];
+    } else {
+#pragma unroll
+        for (int t = 0; t < 3; ++t) logit[t] = to_float(*reinterpret_cast<const L*>(word(skipped + t)));
+    }
+}
+
 template <typename L, int BATCH, typename R>
 GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int thread, int threads) {
     const int batches = (at.last - at.first + BATCH - 1) / BATCH;
@@ -153,19 +203,15 @@ GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const
         signal_wait(R::full(stage), turn.parity);
         for (int position = thread; position < ring.span; position += threads) {
             const int j = at.start + position - reach.low;
-            unsigned char* at_line = ring.taps(stage);
 #pragma unroll
             for (int s = 0; s < BATCH; ++s) {
-                const L* const taps = reinterpret_cast<const L*>(at_line + position * SLOT) + skipped;
-                const float logit[3] = {to_float(taps[0]), to_float(taps[1]), to_float(taps[2])};
-                float weight[3];
+                float logit[3], weight[3];
+                read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
                 normalize(weight, logit, j > 0, j < at.length - 1, bulk.scan.softmax);
                 const float four[4] = {weight[0], weight[1], weight[2], 0.f};
-                store_vector<float, 4>(reinterpret_cast<float*>(at_line + weights_at(position)), four);
-                at_line += ring.span * SLOT;
+                store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
             }
         }
-        engine_fence();
         warp_barrier();
         if (thread % 32 == 0) signal_arrive(R::ready(stage));
     }
@@ -201,38 +247,66 @@ GSPN2_DEVICE void send_edges(const Reach& reach, int rank, int exchange, int war
     for (int k = 0; k < PLACES; ++k) {
         const int position = lane * PLACES + k - reach.low, from_end = position - (reach.owned - HALO);
         if (position < 0 || position >= reach.owned) continue;
-        if (reach.from_low && position < HALO) {
-            send<CHANNELS>(R::inbox(exchange, 1, warp) + position * CHANNELS, value[k], R::signal(exchange, 1, warp), rank - 1);
-        }
-        if (reach.from_high && from_end >= 0) {
-            send<CHANNELS>(R::inbox(exchange, 0, warp) + from_end * CHANNELS, value[k], R::signal(exchange, 0, warp), rank + 1);
+        constexpr int PART = CHANNELS < 4 ? CHANNELS : 4;
+#pragma unroll
+        for (int first = 0; first < CHANNELS; first += PART) {
+            float part[PART];
+#pragma unroll
+            for (int e = 0; e < PART; ++e) part[e] = value[k][first + e];
+            if (reach.from_low && position < HALO) {
+                send(R::inbox(exchange, 1, warp) + position * CHANNELS + first, part, R::signal(exchange, 1, warp), rank - 1);
+            }
+            if (reach.from_high && from_end >= 0) {
+                send(R::inbox(exchange, 0, warp) + from_end * CHANNELS + first, part, R::signal(exchange, 0, warp), rank + 1);
+            }
         }
     }
 }
 
-template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
+// Lanes of two places read rows that are two apart, which use half of the banks; so every other four lanes take their second place
+// first. Into order, or back.
+template <typename T, int CHANNELS, int PLACES>
+GSPN2_DEVICE void exchange_places(Packed<T, CHANNELS> (&value)[PLACES], bool exchanged) {
+    if constexpr (PLACES == 2) {
+        using P = Packed<T, CHANNELS>;
+        const P first = value[0], second = value[1];
+#pragma unroll
+        for (int w = 0; w < P::WORDS; ++w) {
+            value[0].words[w] = exchanged ? second.words[w] : first.words[w];
+            value[1].words[w] = exchanged ? first.words[w] : second.words[w];
+        }
+    }
+}
+
+template <typename T, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
 GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int warp) {
     constexpr int OFTEN = HALO < BATCH ? HALO : BATCH;  // exchanges within a batch
     constexpr bool EARLY = PLACES * CHANNELS <= 16;  // the next line is read before this one is done
     const int lane = threadIdx.x % 32, lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH;
+    const bool exchanged = PLACES == 2 && lane & 4;
 
+    using P = Packed<T, CHANNELS>;
     struct Line {
-        Packed<T, CHANNELS> x[PLACES], lam[R::LAM ? PLACES : 1], u[R::U ? PLACES : 1];
+        P x[PLACES], lam[R::LAM ? PLACES : 1], u[R::U ? PLACES : 1];
         Packed<float, 4> weights[PLACES];
     };
-    int place[PLACES];  // beyond the span a lane does again what its last position does
+    // Beyond the span a lane does again what its last position does.
+    int place[PLACES], weigh[PLACES];
+    bool inside[PLACES];
 #pragma unroll
-    for (int k = 0; k < PLACES; ++k) place[k] = lane * PLACES + k < ring.span ? lane * PLACES + k : ring.span - 1;
+    for (int k = 0; k < PLACES; ++k) {
+        const int position = lane * PLACES + k, taken = position ^ exchanged, end = ring.span - 1;
+        place[k] = R::place(taken < end ? taken : end, warp);
+        weigh[k] = R::W::at(position < end ? position : end);
+        inside[k] = taken <= end;
+    }
     const auto read = [&](Line& line, int stage, int row) {
-        const T* const x = ring.box(stage, 0) + row * ring.span * WIDTH + warp * CHANNELS;
-        const T* const lam = ring.box(stage, R::LAM_TILE) + row * ring.span * WIDTH + warp * CHANNELS;
-        const T* const u = ring.box(stage, R::U_TILE) + row * ring.span * WIDTH + warp * CHANNELS;
 #pragma unroll
         for (int k = 0; k < PLACES; ++k) {
-            line.x[k].load(x + place[k] * WIDTH);
-            if constexpr (R::LAM) line.lam[k].load(lam + place[k] * WIDTH);
-            if constexpr (R::U) line.u[k].load(u + place[k] * WIDTH);
-            line.weights[k].load(reinterpret_cast<const float*>(ring.taps(stage) + row * ring.span * SLOT + weights_at(place[k])));
+            line.x[k].load(ring.line(stage, 0, row) + place[k]);
+            if constexpr (R::LAM) line.lam[k].load(ring.line(stage, R::LAM_TILE, row) + place[k]);
+            if constexpr (R::U) line.u[k].load(ring.line(stage, R::U_TILE, row) + place[k]);
+            line.weights[k].load(ring.weights(stage, row, weigh[k]));
         }
     };
 
@@ -263,8 +337,11 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
             } else {
                 read(line, stage, row_of(s));
             }
-            T* const y = ring.box(stage, 0) + row_of(s) * ring.span * WIDTH + warp * CHANNELS;
-            [[maybe_unused]] T* const state = ring.box(stage, R::LAM_TILE) + row_of(s) * ring.span * WIDTH + warp * CHANNELS;
+            exchange_places<T, CHANNELS>(line.x, exchanged);
+            if constexpr (R::LAM) exchange_places<T, CHANNELS>(line.lam, exchanged);
+            if constexpr (R::U) exchange_places<T, CHANNELS>(line.u, exchanged);
+            P y[PLACES];
+            [[maybe_unused]] P state[PLACES];
 #pragma unroll
             for (int k = 0; k < PLACES; ++k) {
                 float value[CHANNELS], keep[CHANNELS];
@@ -283,14 +360,20 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
                     h[k][e] = DECAY ? value[e] + keep[e] * sum : value[e] + sum;
                     lower[e] = before;
                 }
-                if (lane * PLACES + k < ring.span) {
-                    if constexpr (R::STATE) store_vector<T, CHANNELS>(state + place[k] * WIDTH, h[k]);
-                    float result[CHANNELS];
-                    if constexpr (R::U) line.u[k].unpack(result);
+                if constexpr (R::STATE) state[k].pack(h[k]);
+                float result[CHANNELS];
+                if constexpr (R::U) line.u[k].unpack(result);
 #pragma unroll
-                    for (int e = 0; e < CHANNELS; ++e) result[e] = R::U ? result[e] * h[k][e] : h[k][e];
-                    store_vector<T, CHANNELS>(y + place[k] * WIDTH, result);
-                }
+                for (int e = 0; e < CHANNELS; ++e) result[e] = R::U ? result[e] * h[k][e] : h[k][e];
+                y[k].pack(result);
+            }
+            exchange_places<T, CHANNELS>(y, exchanged);
+            if constexpr (R::STATE) exchange_places<T, CHANNELS>(state, exchanged);
+#pragma unroll
+            for (int k = 0; k < PLACES; ++k) {
+                if (!inside[k]) continue;
+                if constexpr (R::STATE) state[k].store(ring.line(stage, R::LAM_TILE, row_of(s)) + place[k]);
+                y[k].store(ring.line(stage, 0, row_of(s)) + place[k]);
             }
             if constexpr (CLUSTER > 1) {
                 const int after = batch * BATCH + s + 1, exchange = after / HALO;
@@ -310,7 +393,7 @@ template <typename T, typename L, int WIDTH, int CHANNELS, int PLACES, int BATCH
 GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
     static_assert(WIDTH % CHANNELS == 0, "the scanning warps share out a slice");
     static_assert(BATCH % HALO == 0 || HALO % BATCH == 0, "known when a batch is unrolled");
-    using R = Ring<T, WIDTH, CHANNELS, BATCH, HALO, CLUSTER, HAS>;
+    using R = Ring<T, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, HAS>;
     const Place at = find_place<CLUSTER, HALO>(bulk.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
     const R ring(bulk.span);
@@ -345,6 +428,6 @@ GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
     } else if (warp < BULK_SERVANTS + normalizers) {
         normalize_boxes<L, BATCH>(bulk, at, reach, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
     } else {
-        scan_boxes<T, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, ring, warp - BULK_SERVANTS - normalizers);
+        scan_boxes<T, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, ring, warp - BULK_SERVANTS - normalizers);
     }
 }

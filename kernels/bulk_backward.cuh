@@ -8,22 +8,28 @@
 
 #include "bulk.cuh"
 
-template <typename T, int WIDTH, int CHANNELS, int BATCH, int HALO, int CLUSTER, int HAS>
+template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, int HAS>
 struct BackwardRing {
-    static_assert(CHANNELS * sizeof(T) >= 8, "two sums fit where dy was");
+    static_assert(CHANNELS * sizeof(T) >= 8 && CHANNELS * sizeof(T) <= 16, "two sums fit where dy was, and a lane's channels stay together");
+    using W = Weights<PLACES>;
     static constexpr int WARPS = WIDTH / CHANNELS;
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, PARTIAL = HAS & HAS_PARTIAL;
     // x is there for its gradient's sake, even where nothing needs it.
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, DY_TILE = U_TILE + U, H_TILE = DY_TILE + 1;
     static constexpr int INBOX = CLUSTER > 1 ? 4 * WARPS * HALO * CHANNELS * 4 : 0;
     static constexpr int SIGNALS = (4 * MOST_STAGES + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8;
-    static constexpr int BOXES = (SIGNALS + INBOX + 127) / 128 * 128;
-    static constexpr int ROW = WIDTH * static_cast<int>(sizeof(T));
+    static constexpr int ROW = WIDTH * static_cast<int>(sizeof(T)), ALIGN = box_alignment(ROW);
+    static constexpr int BOXES = (SIGNALS + INBOX + ALIGN - 1) / ALIGN * ALIGN;
     int span, tile, taps_at, stage;
     GSPN2_DEVICE constexpr BackwardRing(int positions)
-        : span(positions), tile((BATCH * positions * ROW + 127) / 128 * 128),
-          taps_at(H_TILE * tile + ((BATCH + 1) * positions * ROW + 127) / 128 * 128), stage(taps_at + (BATCH * positions * SLOT + 127) / 128 * 128) {}
+        : span(positions), tile((BATCH * positions * ROW + ALIGN - 1) / ALIGN * ALIGN),
+          taps_at((H_TILE * tile + (BATCH + 1) * positions * ROW + ALIGN - 1) / ALIGN * ALIGN),
+          stage((taps_at + BATCH * (positions * SLOT + W::LINE) + ALIGN - 1) / ALIGN * ALIGN) {}
     GSPN2_DEVICE int loaded() const { return span * ((H_TILE * BATCH + BATCH + 1) * ROW + BATCH * SLOT); }
+    GSPN2_DEVICE static int place(int position, int warp) {
+        constexpr int SIZE = sizeof(T);
+        return swizzled<ROW>(position * ROW + warp * CHANNELS * SIZE) / SIZE;
+    }
 
     GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
@@ -37,7 +43,11 @@ struct BackwardRing {
         return reinterpret_cast<float*>(shared_memory() + SIGNALS) + ((2 * (exchange & 1) + side) * WARPS + warp) * HALO * CHANNELS;
     }
     GSPN2_DEVICE T* box(int index, int which) const { return reinterpret_cast<T*>(shared_memory() + BOXES + index * stage + which * tile); }
+    GSPN2_DEVICE T* line(int index, int which, int row) const { return box(index, which) + row * span * WIDTH; }
     GSPN2_DEVICE unsigned char* taps(int index) const { return shared_memory() + BOXES + index * stage + taps_at; }
+    GSPN2_DEVICE float* weights(int index, int row, int place) const {
+        return reinterpret_cast<float*>(taps(index) + BATCH * span * SLOT + row * W::LINE + place);
+    }
 };
 
 // The n-th line from the last: its row in a box of its batch, in one of h, whose boxes begin or end a line earlier, and in memory.
@@ -100,7 +110,7 @@ GSPN2_DEVICE void store_backward_boxes(const BulkBackwardParams& bulk, const Pla
 }
 
 // Weights of a batch and, behind its scan, the logits' gradients.
-template <typename T, typename L, int WIDTH, int CHANNELS, int BATCH, typename R>
+template <typename L, int WIDTH, int BATCH, typename R>
 GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int thread, int threads) {
     const Params& p = bulk.scan;
     const int lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH;
@@ -111,12 +121,10 @@ GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place
         signal_wait(R::full(stage), turn.parity);
         for (int position = thread; position < ring.span; position += threads) {
             const int j = at.start + position - reach.low;
-            unsigned char* at_line = ring.taps(stage);
 #pragma unroll
             for (int s = 0; s < BATCH; ++s) {
-                const L* const taps = reinterpret_cast<const L*>(at_line + position * SLOT) + skipped;
-                const float logit[3] = {to_float(taps[0]), to_float(taps[1]), to_float(taps[2])};
-                float weight[3];
+                float logit[3], weight[3];
+                read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
                 normalize(weight, logit, j > 0, j < at.length - 1, p.softmax);
                 // A sigmoid is its weight times the sum of the sigmoids, which the largest tells; softmax's slope is as if
                 // that were 0.
@@ -125,11 +133,9 @@ GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place
                 if (weight[2] > heaviest) top = logit[2], heaviest = weight[2];
                 const float sigmoid = fast_divide(1.f, 1.f + fast_exp(-top < 40.f ? -top : 40.f));
                 const float four[4] = {weight[0], weight[1], weight[2], p.softmax ? 0.f : fast_divide(sigmoid, heaviest)};
-                store_vector<float, 4>(reinterpret_cast<float*>(at_line + weights_at(position)), four);
-                at_line += ring.span * SLOT;
+                store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
             }
         }
-        engine_fence();
         warp_barrier();
         if (thread % 32 == 0) signal_arrive(R::ready(stage));
     };
@@ -144,14 +150,15 @@ GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place
             const int position = j + reach.low;
             for (int s = 0; s < count; ++s) {
                 const int row = rows.row(s, BATCH), line = rows.line(batch * BATCH + s);
-                const T* const pairs = ring.box(stage, R::DY_TILE) + (row * ring.span + position) * WIDTH;
-                const T* const thirds = ring.box(stage, R::H_TILE) + (rows.h_row(s, BATCH) * ring.span + position) * WIDTH;
+                const auto left = [&](int which, int line_of_box, int warp) {
+                    return reinterpret_cast<const float*>(ring.line(stage, which, line_of_box) + R::place(position, warp));
+                };
                 float sum[3] = {};
 #pragma unroll
                 for (int warp = 0; warp < R::WARPS; ++warp) {
                     float pair[2];
-                    load_vector<float, 2>(pair, reinterpret_cast<const float*>(pairs + warp * CHANNELS));
-                    sum[0] += pair[0], sum[1] += pair[1], sum[2] += *reinterpret_cast<const float*>(thirds + warp * CHANNELS);
+                    load_vector<float, 2>(pair, left(R::DY_TILE, row, warp));
+                    sum[0] += pair[0], sum[1] += pair[1], sum[2] += *left(R::H_TILE, rows.h_row(s, BATCH), warp);
                 }
                 const auto offset = [&](const View& view) {
                     return at.batch * view.batch + line * (at.horizontal ? view.column : view.row) +
@@ -163,7 +170,7 @@ GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place
                     for (int t = 0; t < 3; ++t) to[t] = sum[t];
                 } else {
                     float four[4];
-                    load_vector<float, 4>(four, reinterpret_cast<const float*>(ring.taps(stage) + row * ring.span * SLOT + weights_at(position)));
+                    load_vector<float, 4>(four, ring.weights(stage, row, R::W::at(position)));
                     const float mean = four[0] * sum[0] + four[1] * sum[1] + four[2] * sum[2];
                     L* const to = global_memory(static_cast<L*>(p.grad_logits.data)) + offset(p.grad_logits);
 #pragma unroll
@@ -177,13 +184,16 @@ GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place
     }
 }
 
-template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
+template <typename T, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
 GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int warp) {
     constexpr int OFTEN = HALO < BATCH ? HALO : BATCH;
     const int lane = threadIdx.x % 32, lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH;
     int place[PLACES];
 #pragma unroll
-    for (int k = 0; k < PLACES; ++k) place[k] = (lane * PLACES + k < ring.span ? lane * PLACES + k : ring.span - 1) * WIDTH + warp * CHANNELS;
+    for (int k = 0; k < PLACES; ++k) {
+        const int position = lane * PLACES + k < ring.span ? lane * PLACES + k : ring.span - 1;
+        place[k] = R::place(position, warp);
+    }
 
     // Of the line after: what goes through its taps, and these; of this one: h.
     float passed[PLACES][CHANNELS] = {}, weight[PLACES][3] = {}, current[PLACES][CHANNELS] = {};
@@ -195,7 +205,7 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Plac
         if (R::U && batch == 0) {
 #pragma unroll
             for (int k = 0; k < PLACES; ++k) {
-                load_vector<T, CHANNELS>(current[k], ring.box(stage, R::H_TILE) + rows.h_row(0, BATCH) * ring.span * WIDTH + place[k]);
+                load_vector<T, CHANNELS>(current[k], ring.line(stage, R::H_TILE, rows.h_row(0, BATCH)) + place[k]);
             }
         }
 #pragma unroll
@@ -208,13 +218,13 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Plac
                     receive_edges<R, HALO>(reach, exchange, warp, passed);
                 }
             }
-            const int row = rows.row(s, BATCH) * ring.span * WIDTH;
-            T* const x = ring.box(stage, 0) + row;
-            T* const lam = ring.box(stage, R::LAM_TILE) + row;
-            T* const u = ring.box(stage, R::U_TILE) + row;
-            T* const dy = ring.box(stage, R::DY_TILE) + row;
-            T* const h = ring.box(stage, R::H_TILE) + rows.h_row(s, BATCH) * ring.span * WIDTH;
-            const T* const h_before = ring.box(stage, R::H_TILE) + rows.h_row_before(s, BATCH) * ring.span * WIDTH;
+            const int row = rows.row(s, BATCH);
+            T* const x = ring.line(stage, 0, row);
+            T* const lam = ring.line(stage, R::LAM_TILE, row);
+            T* const u = ring.line(stage, R::U_TILE, row);
+            T* const dy = ring.line(stage, R::DY_TILE, row);
+            T* const h = ring.line(stage, R::H_TILE, rows.h_row(s, BATCH));
+            const T* const h_before = ring.line(stage, R::H_TILE, rows.h_row_before(s, BATCH));
             float before[PLACES][CHANNELS];
 #pragma unroll
             for (int k = 0; k < PLACES; ++k) {
@@ -251,7 +261,7 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Plac
                 if constexpr (R::U) load_vector<T, CHANNELS>(whole, u + place[k]);
                 if constexpr (R::LAM) load_vector<T, CHANNELS>(gate, lam + place[k]), load_vector<T, CHANNELS>(value, x + place[k]);
                 const int position = lane * PLACES + k < ring.span ? lane * PLACES + k : ring.span - 1;
-                load_vector<float, 4>(four, reinterpret_cast<const float*>(ring.taps(stage) + rows.row(s, BATCH) * ring.span * SLOT + weights_at(position)));
+                load_vector<float, 4>(four, ring.weights(stage, rows.row(s, BATCH), R::W::at(position)));
 #pragma unroll
                 for (int t = 0; t < 3; ++t) weight[k][t] = four[t];
                 float mixed[CHANNELS];
@@ -306,7 +316,7 @@ template <typename T, typename L, int WIDTH, int CHANNELS, int PLACES, int BATCH
 GSPN2_DEVICE void scan_bulk_backward(const BulkBackwardParams& bulk) {
     static_assert(WIDTH % CHANNELS == 0, "the scanning warps share out a slice");
     static_assert(BATCH % HALO == 0 || HALO % BATCH == 0, "known when a batch is unrolled");
-    using R = BackwardRing<T, WIDTH, CHANNELS, BATCH, HALO, CLUSTER, HAS>;
+    using R = BackwardRing<T, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, HAS>;
     const Place at = find_place<CLUSTER, HALO>(bulk.scan);
     if (at.first >= at.last) return;
     const R ring(bulk.span);
@@ -339,8 +349,8 @@ GSPN2_DEVICE void scan_bulk_backward(const BulkBackwardParams& bulk) {
     } else if (warp == 1) {
         if (threadIdx.x == 32) store_backward_boxes<WIDTH, BATCH>(bulk, at, reach, rows, ring);
     } else if (warp < BULK_SERVANTS + normalizers) {
-        normalize_backward<T, L, WIDTH, CHANNELS, BATCH>(bulk, at, reach, rows, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
+        normalize_backward<L, WIDTH, BATCH>(bulk, at, reach, rows, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
     } else {
-        scan_backward_boxes<T, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, rows, ring, warp - BULK_SERVANTS - normalizers);
+        scan_backward_boxes<T, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, rows, ring, warp - BULK_SERVANTS - normalizers);
     }
 }

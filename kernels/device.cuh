@@ -6,7 +6,7 @@
 
 #define GSPN2_DEVICE __device__ __forceinline__
 
-extern __shared__ __align__(128) unsigned char gspn2_shared[];
+extern __shared__ __align__(1024) unsigned char gspn2_shared[];
 
 GSPN2_DEVICE unsigned char* shared_memory() { return gspn2_shared; }
 
@@ -180,6 +180,18 @@ template <>
 GSPN2_DEVICE BFloat16 from_float<BFloat16>(float value) {
     BFloat16 result;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+
+// Two in a word.
+GSPN2_DEVICE unsigned from_floats(Half, float low, float high) {
+    unsigned result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+}
+GSPN2_DEVICE unsigned from_floats(BFloat16, float low, float high) {
+    unsigned result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
     return result;
 }
 

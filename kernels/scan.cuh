@@ -80,6 +80,25 @@ struct Packed {
             for (int e = 0; e < N; ++e) out[e] = to_float(values[e]);
         }
     }
+    GSPN2_DEVICE void pack(const float (&in)[N]) {
+        if constexpr (sizeof(T) == 2 && BYTES >= 4) {
+            alignas(16) unsigned pairs[N / 2];
+#pragma unroll
+            for (int e = 0; e < N; e += 2) pairs[e / 2] = from_floats(T{}, in[e], in[e + 1]);
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) words[w] = reinterpret_cast<const Bits*>(pairs)[w];
+        } else {
+            alignas(16) T values[N];
+#pragma unroll
+            for (int e = 0; e < N; ++e) values[e] = from_float<T>(in[e]);
+#pragma unroll
+            for (int w = 0; w < WORDS; ++w) words[w] = reinterpret_cast<const Bits*>(values)[w];
+        }
+    }
+    GSPN2_DEVICE void store(T* to) const {
+#pragma unroll
+        for (int w = 0; w < WORDS; ++w) reinterpret_cast<Bits*>(to)[w] = words[w];
+    }
 };
 
 template <typename T, int N>
@@ -91,15 +110,9 @@ GSPN2_DEVICE void load_vector(float (&out)[N], const T* from) {
 
 template <typename T, int N>
 GSPN2_DEVICE void store_vector(T* to, const float (&in)[N]) {
-    constexpr int BYTES = word_bytes(N * sizeof(T)), EACH = BYTES / sizeof(T);
-    using Bits = typename BitsOf<BYTES>::type;
-#pragma unroll
-    for (int part = 0; part < N / EACH; ++part) {
-        alignas(16) T values[EACH];
-#pragma unroll
-        for (int e = 0; e < EACH; ++e) values[e] = from_float<T>(in[part * EACH + e]);
-        *reinterpret_cast<Bits*>(to + part * EACH) = *reinterpret_cast<const Bits*>(values);
-    }
+    Packed<T, N> packed;
+    packed.pack(in);
+    packed.store(to);
 }
 
 // Which part of the work a block does.

@@ -61,7 +61,8 @@ def encode_box(box: Box) -> bytes:
     """The emulation's TensorMap, once the driver's rules are kept."""
     assert box.address % 16 == 0 and all(0 < stride < 2**40 and stride % 16 == 0 for stride in box.strides), box
     assert all(0 < extent <= 256 for extent in box.box) and box.box[0] * box.element % 16 == 0, box
-    return struct.pack("5q11i", box.address, *box.strides, *box.sizes, *box.box, box.element)
+    assert not box.swizzle or box.box[0] * box.element <= 16 << box.swizzle, box
+    return struct.pack("5q12i", box.address, *box.strides, *box.sizes, *box.box, box.element, box.swizzle)
 
 
 def execute(launch: Launch, seed: int = 0) -> None:

@@ -25,6 +25,7 @@ MOST_TURNS = 8  # positions of a thread
 MOST_PLACES = 8  # positions of a lane of the forward from boxes: 256 in a box
 MOST_STAGES = 8  # of its ring
 SLOT = 32  # bytes of a position's logits where a slice has one set of weights
+SWIZZLES = {32: 1, 64: 2, 128: 3}  # by bytes of a box's row
 SERVANTS = 2  # warps that load and store boxes
 CLUSTERS = (*range(1, 9), 16)  # of the kernels from boxes: more than eight blocks is what a device may refuse
 RING_WORDS = (40, 16)  # registers for what is on its way, in the forward and in the backward
@@ -98,6 +99,7 @@ class Box(NamedTuple):
     box: tuple[int, ...]
     element: int  # bytes
     promotion: int  # what a miss brings into the second-level cache: 0 the box's bytes, 1 to 3 whole 64, 128 or 256
+    swizzle: int  # how many bits of its rows' addresses in shared memory choose between a row's 16-byte parts
 
 
 class Launch(NamedTuple):
@@ -215,22 +217,24 @@ def make_bulk(
     threads = 32 * (SERVANTS + warps + min(places, 4))
     if not work.boxed or width % channels or row % 16 or width > 256 or (work.backward and channels * work.size < 8):
         return None
-    if (work.D // work.G % width and work.G > 1) or (cluster > 1 and halo * row % 128):
+    if (work.D // work.G % width and work.G > 1) or (cluster > 1 and halo * row % 128) or channels * work.size > 16:
         return None
     # Registers, as nvcc uses them: a lane's positions, and what is read of the next line.
     registers = 56 + places * channels * 7 if work.backward else 48 + places * channels * 3
     if places > MOST_PLACES or threads > 1024 or registers > 65536 // (-(-threads // 128) * 128):
         return None
 
+    unit = {128: 1024, 64: 512}.get(row, 256)
+
     def up(count: int) -> int:
-        return -(-count // 128) * 128
+        return -(-count // unit) * unit
 
     exchange = 4 * warps * (8 + halo * channels * 4) if cluster > 1 else 0
     header = up(4 * MOST_STAGES * 8 + exchange)
     tiles = 1 + work.gates + (1 if work.backward else work.saves and work.gates < 2)
-    stage = tiles * up(batch * span * row) + up(batch * span * SLOT)
-    if work.backward:
-        stage += up((batch + 1) * span * row)
+    tile, weights = up(batch * span * row), places * (640 if places in (2, 4, 8) else 512)
+    stage = tiles * tile + (up((batch + 1) * span * row) if work.backward else 0)
+    stage = up(stage + batch * (span * SLOT + weights))
     stages = min(most_stages, -(-min(work.segment, work.line) // batch) + 1, (shared - header) // stage)
     if stages < 2:
         return None
@@ -247,35 +251,40 @@ class Boxes(NamedTuple):
     backward: bool
     shortest: int  # positions of a line
     longest: int
+    channels: int  # that D has at least
     positions: int  # of a block, halos included, where clusters may be large enough for that
     width: int  # most channels of a slice
-    channels: int  # of a lane
+    vec: int  # channels of a lane
     lines: int  # most of a box
     halo: int
     promotion: int
 
 
+# The first that fits.
 BOXES = (
-    Boxes(False, 32, 48, 64, 16, 4, 2, 8, 1),
-    Boxes(False, 49, 64, 64, 16, 4, 4, 8, 2),
-    Boxes(False, 192, 512, 64, 40, 4, 4, 8, 2),
-    Boxes(False, 513, 1280, 64, 40, 2, 4, 8, 0),
-    Boxes(False, 1281, 3072, 64, 40, 4, 4, 8, 0),  # not timed; lanes of two channels spill registers here
-    Boxes(True, 56, 64, 32, 40, 4, 8, 8, 2),
-    Boxes(True, 65, 128, 32, 80, 4, 8, 4, 1),
-    Boxes(True, 129, 512, 32, 48, 4, 8, 4, 1),
-    Boxes(True, 513, 1280, 32, 24, 4, 8, 8, 0),
+    Boxes(False, 32, 64, 0, 64, 16, 8, 4, 8, 2),
+    Boxes(False, 65, 96, 0, 64, 16, 8, 4, 8, 0),
+    Boxes(False, 97, 191, 0, 32, 80, 8, 4, 4, 1),
+    Boxes(False, 192, 383, 128, 80, 32, 8, 2, 8, 0),
+    Boxes(False, 384, 1280, 128, 120, 32, 4, 2, 8, 0),
+    Boxes(False, 192, 1280, 48, 72, 48, 8, 2, 4, 0),
+    Boxes(False, 192, 512, 0, 72, 48, 8, 2, 4, 0),
+    Boxes(False, 513, 1280, 0, 80, 40, 8, 8, 8, 0),
+    Boxes(False, 1281, 3072, 0, 80, 40, 4, 2, 8, 0),  # not timed
+    Boxes(True, 56, 64, 0, 32, 32, 8, 4, 4, 1),
+    Boxes(True, 65, 128, 0, 32, 80, 8, 8, 4, 1),
+    Boxes(True, 129, 512, 0, 64, 48, 8, 8, 4, 1),
+    Boxes(True, 513, 1280, 0, 32, 24, 4, 8, 8, 0),
 )
 SMALL = 64  # positions of a line up to which boxes were timed only with all blocks running at once
-ENOUGH = 64  # blocks: narrower slices are chosen to have them; no fewer were timed
+ENOUGH = 64  # blocks: narrower slices are chosen to have them; few were timed with less
 
 
 def _bulks(work: Work, device: Device) -> Iterator[Variant]:
     """Kernels from boxes of a small map: as many blocks as run at once first; of others: the widest slices first."""
-    found = [row for row in BOXES if row.backward == work.backward and row.shortest <= work.line <= row.longest]
-    if not (device.boxes and work.boxed and work.size == 2 and min(work.segment, work.line) >= 32 and found):
+    row = next((r for r in BOXES if r[0] == work.backward and r[1] <= work.line <= r[2] and r[3] <= work.D), None)
+    if not (device.boxes and work.boxed and work.size == 2 and min(work.segment, work.line) >= 32 and row):
         return
-    (row,) = found
     fitting = (n for n in CLUSTERS if work.line <= n * (row.positions - (2 * row.halo if n > 1 else 0)))
     cluster = next(fitting, CLUSTERS[-1])
     unit = 128 // (row.halo * work.size) if cluster > 1 else 8  # a halo begins at whole 128 bytes
@@ -283,10 +292,10 @@ def _bulks(work: Work, device: Device) -> Iterator[Variant]:
     small = work.line <= SMALL
     for slices in reversed(counts) if small and not work.backward else counts:
         width = -(-work.D // (slices * unit)) * unit
-        # Slices of 16 bytes share their sectors, and have too few warps for lanes of two channels.
-        channels, promotion = (row.channels, row.promotion) if width > 8 else (4, 2)
+        # Slices of 16 bytes share their sectors; two warps scan one faster than one does.
+        vec, promotion = (row.vec, row.promotion) if width > 8 else (4, 2)
         for batch in (n for n in (8, 4, 2) if n <= row.lines):
-            made = make_bulk(work, width, cluster, batch, channels, row.halo, device.shared, promotion=promotion)
+            made = make_bulk(work, width, cluster, batch, vec, row.halo, device.shared, promotion=promotion)
             if made and made.stages > 2 and not (small and made.grid > device.processors):
                 yield made
                 break
@@ -466,7 +475,8 @@ class _Arguments(NamedTuple):
             strides = (step[1 + along], step[2 - along], per_direction, step[0])
             box = (wide, positions, lines, 1, 1)
             place = len(tensors) * along + tensor
-            made.append(Box(place, tensor, t.data_ptr(), sizes, strides, box, size, variant.promotion))
+            swizzle = SWIZZLES.get(wide * size, 0)
+            made.append(Box(place, tensor, t.data_ptr(), sizes, strides, box, size, variant.promotion, swizzle))
         return tuple(made)
 
     def launch(
@@ -698,7 +708,7 @@ def _encode(box: Box) -> bytes | None:
         words(ctypes.c_uint32, box.box),
         words(ctypes.c_uint32, (1,) * len(box.sizes)),
         0,  # not interleaved
-        0,  # not swizzled
+        box.swizzle,
         box.promotion,
         0,  # zeros beyond the tensor
     )

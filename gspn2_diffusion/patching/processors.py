@@ -82,7 +82,8 @@ class GSPN2SelfAttnProcessor:
             hidden_states = hidden_states.transpose(1, 2).reshape(map_shape)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        # Almost always 1, and dividing by it would read and write the whole map.
+        return hidden_states if attn.rescale_output_factor == 1 else hidden_states / attn.rescale_output_factor
 
 
 class GSPN2JointAttnProcessor:

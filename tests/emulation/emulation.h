@@ -56,7 +56,7 @@ constexpr int GUARD = 1 << 16;
 
 struct Block {
     Index index;
-    std::vector<unsigned char> memory;  // shared memory, 128-byte aligned, and a guard
+    std::vector<unsigned char> memory;  // shared memory, 1024-byte aligned, and a guard
     unsigned char* shared;
     Barrier barrier;
     std::vector<Warp> warps;
@@ -249,7 +249,7 @@ GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, 
 struct alignas(64) TensorMap {
     unsigned char* address;
     long long strides[4];
-    int sizes[5], box[5], element;
+    int sizes[5], box[5], element, swizzle;
 };
 
 namespace emulation {
@@ -258,6 +258,12 @@ inline int box_bytes(const TensorMap& map) {
     int bytes = map.element;
     for (int extent : map.box) bytes *= extent;
     return bytes;
+}
+
+// The engine swaps 16-byte parts by bits of the address in shared memory: one, two or three of them.
+inline unsigned char* swizzled(unsigned char* box, int place, int swizzle) {
+    const auto at = reinterpret_cast<std::uintptr_t>(box) + place;
+    return reinterpret_cast<unsigned char*>(at ^ (at >> 3 & ((1 << swizzle) - 1) << 4));
 }
 
 // Calls `each` with the place in the box and in memory (null outside of the tensor) of every row of elements.
@@ -286,7 +292,7 @@ GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int posi
     const TensorMap from = map;
     box.sent.push_back([=] {
         emulation::for_box(from, {channel, position, line, direction, batch}, [&](int place, const unsigned char* memory) {
-            for (int b = 0; b < from.element; ++b) target[place + b] = memory ? memory[b] : 0;
+            for (int b = 0; b < from.element; ++b) *emulation::swizzled(target, place + b, from.swizzle) = memory ? memory[b] : 0;
         });
     });
     box.bytes -= emulation::box_bytes(map);
@@ -296,11 +302,11 @@ GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int posi
 GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int line, int direction, int batch, const void* from) {
     emulation::check_aligned(from, 128);
     if (channel * map.element % 16) emulation::fail("a box that begins between 16 bytes");
-    const auto* const source = static_cast<const unsigned char*>(from);
+    auto* const source = const_cast<unsigned char*>(static_cast<const unsigned char*>(from));
     const TensorMap to = map;
     emulation::machine->now->groups.back().push_back([=] {
         emulation::for_box(to, {channel, position, line, direction, batch}, [&](int place, unsigned char* memory) {
-            if (memory) std::memcpy(memory, source + place, to.element);
+            if (memory) std::memcpy(memory, emulation::swizzled(source, place, to.swizzle), to.element);
         });
     });
 }
@@ -360,6 +366,10 @@ GSPN2_DEVICE BFloat16 from_float<BFloat16>(float value) {
     std::memcpy(&bits, &value, 4);
     return {static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+template <typename T>
+GSPN2_DEVICE unsigned from_floats(T, float low, float high) {
+    return from_float<T>(low).bits | static_cast<unsigned>(from_float<T>(high).bits) << 16;
+}
 
 namespace emulation {
 
@@ -383,7 +393,7 @@ inline std::string launch(std::function<void()> kernel, int grid, Index block_di
             block.index = {first + rank, 0, 0};
             block.memory.assign(shared_bytes + 2 * GUARD, 0xff);
             block.shared = block.memory.data() + GUARD;
-            block.shared -= reinterpret_cast<std::uintptr_t>(block.shared) % 128;
+            block.shared -= reinterpret_cast<std::uintptr_t>(block.shared) % 1024;
             block.barrier = {threads, 0, 0};
             block.warps.assign((threads + 31) / 32, {});
             block.mailboxes.clear();

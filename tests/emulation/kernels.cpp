@@ -34,10 +34,10 @@ extern "C" int needed_shared_bytes(int positions, int stages) {
 #if defined(GSPN2_FORWARD)
     return forward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
 #elif defined(GSPN2_BULK)
-    using R = Ring<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS>;
+    using R = Ring<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS>;
     return R::BOXES + stages * R(positions).stage;
 #elif defined(GSPN2_BULK_BACKWARD)
-    using R = BackwardRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS>;
+    using R = BackwardRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS>;
     return R::BOXES + stages * R(positions).stage;
 #else
     return backward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
