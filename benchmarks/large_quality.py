@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25, help="of a full denoising")
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.32, 0.24, 0.16], help="of the larger stages")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.16, 0.08], help="of the larger stages")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=60, help="no further batch after so many")

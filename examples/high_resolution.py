@@ -26,7 +26,7 @@ parser.add_argument("--height", type=int, default=256)
 parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--steps", type=int, default=25)
 parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE, help="classifier-free guidance")
-parser.add_argument("--strengths", type=float, nargs="+", default=[0.2], help="noise of each stage after the first")
+parser.add_argument("--strengths", type=float, nargs="+", default=[0.16, 0.08], help="noise of the later stages")
 parser.add_argument("--out", default="outputs/large")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 shipped = args.model == str(tiny_scenes_path()) and (tiny_adapter_path() / "config.json").is_file()
