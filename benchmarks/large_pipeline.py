@@ -261,6 +261,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="of a full denoising")
     parser.add_argument("--base_size", type=int, default=None, help="side of the first stage (default: the model's)")
     parser.add_argument("--calibrate_at", type=int, default=None, help="side at which the plan times operations")
+    parser.add_argument("--no_plan", action="store_true", help="only make the pictures")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--unfused", action="store_true", help="without fuse_gspn2")
@@ -282,7 +283,7 @@ def main() -> None:
     print(f"made in {time.perf_counter() - before:.1f} s on {os.cpu_count()} cores", flush=True)
     limits = [int(gib * 2**30) for gib in args.limits_gib] or [None] * len(args.sizes)
     largest = max(args.sizes)
-    planned = planned_for(pipe, largest, limits[args.sizes.index(largest)], args)
+    planned = {} if args.no_plan else planned_for(pipe, largest, limits[args.sizes.index(largest)], args)
     rows: list[dict[str, Any]] = []
     for size, limit in zip(args.sizes, limits, strict=True):
         if args.device == "cuda":

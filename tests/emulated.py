@@ -65,12 +65,14 @@ def encode_box(box: Box) -> bytes:
     return struct.pack("5q12i", box.address, *box.strides, *box.sizes, *box.box, box.element, box.swizzle)
 
 
-def execute(launch: Launch, seed: int = 0) -> None:
+def execute(launch: Launch, seed: int = 0, arguments: bytes | None = None) -> None:
+    """`arguments`: the kernel's parameters, if not those of the launch."""
     message = ctypes.create_string_buffer(200)
-    arguments = launch.arguments(encode_box)
+    if arguments is None:
+        arguments = bytes(launch.arguments(encode_box))
     buffer = ctypes.create_string_buffer(len(arguments) + 64)
     address = -(-ctypes.addressof(buffer) // 64) * 64
-    ctypes.memmove(address, bytes(arguments), len(arguments))
+    ctypes.memmove(address, arguments, len(arguments))
     failed = library(launch.defines).run(
         ctypes.c_void_p(address),
         launch.grid,

@@ -1,5 +1,6 @@
 """The CUDA sources, compiled for the host and run by tests/emulation, against float64 torch; the launcher's table."""
 
+import itertools
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from gspn2_diffusion.ops import cuda, eager
 from gspn2_diffusion.ops.cuda import Device, Launch, Work
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
-from .emulated import DEVICES, execute, library, needs_compiler
+from .emulated import DEVICES, encode_box, execute, library, needs_compiler
 from .scan_cases import CASES, NAMES, Case, assert_close, make_inputs
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -228,6 +229,44 @@ def test_emulated_boxes_match_torch(case, dtype, choices, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("known", [True, False], ids=["", "unknown-maps"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 5, 7, 8),
+        Case(1, 6, 4, 8, gates="none", merge="sum"),
+        Case(1, 5, 60, 16, gates="lam", decay=True, fused=True),
+        Case(1, 60, 33, 24, gates="shared", fused=True),
+    ],
+    ids=str,
+)
+def test_a_plan_follows_other_tensors(case, known, monkeypatch):
+    def encode(box):
+        # Where the driver's maps are not understood, each call encodes them again.
+        encoded = encode_box(box).ljust(cuda.MAP_BYTES, b"\0")
+        return encoded if known else encoded[:-8] + encoded[:8]
+
+    def function(launch, _index):
+        launches.append(launch)
+        return lambda grid, block, arguments, shared, stream: execute(launch, arguments=arguments[0].tobytes())
+
+    launches: list[Launch] = []
+    for name, value in dict(_encode=encode, _function=function, _templates={}, _stream=lambda index: None).items():
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(cuda, "device_limits", lambda index: DEVICES["h100"])
+    first, second = (
+        [t if t is None else t.detach() for t in make_inputs(case, torch.bfloat16, seed)] for seed in (0, 1)
+    )
+    if case.fused:
+        first, second = in_boxes(first), in_boxes(second)
+    plan = cuda.Plan(tuple(first), *options(case), case.decay)
+    assert bool(launches[0].boxes) == case.fused and bool(plan.maps) == (case.fused and not known)
+    for inputs in (second, first):
+        exact = [t if t is None else t.double() for t in inputs]
+        assert_close("y", plan(tuple(inputs)), eager.scan_forward(*exact, *options(case), False, case.decay)[0])
+
+
+@needs_compiler
 @pytest.mark.parametrize("scale", [30, 3000])
 def test_extreme_logits_stay_finite(scale):
     case = Case(1, 4, 5, 4)
@@ -308,7 +347,9 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward, boxes):
                 assert threads % 32 == 0 and threads <= 1024 and size == 2
                 assert variant.ahead % variant.halo == 0 or variant.halo % variant.ahead == 0
             else:
-                assert threads % 32 == 0 and threads <= cuda.largest_block(work, variant.vec, variant.sets)
+                assert threads % 32 == 0 and threads <= cuda.largest_block(
+                    work, variant.vec, variant.sets, variant.cluster
+                )
                 assert variant.lanes == variant.block[0]
                 assert variant.block[1] * variant.turns * variant.cluster >= work.line
             assert variant.cluster == 1 or limits.capability >= (9, 0)
@@ -429,22 +470,19 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         ("first-gspn", 2),
     ]:
         for architecture in ARCHITECTURES:
-            for backward, boxes in PASSES.values():
+            decays = (False, True) if architecture in ("86", "90") else (False,)
+            for (backward, boxes), decay in itertools.product(PASSES.values(), decays):
                 dtype = torch.float32 if size == 4 else torch.bfloat16
                 limits = by_capability[architecture]
                 limits = limits._replace(boxes=boxes and limits.boxes)
-                variant = cuda.choose(work_of(SHAPES[name], size, backward), limits)
+                variant = cuda.choose(work_of(SHAPES[name], size, backward)._replace(decay=decay), limits)
                 kernel = "BACKWARD" if backward else "BULK" if variant.places else "FORWARD"
                 kernel = "BULK_BACKWARD" if backward and variant.places else kernel
                 if variant.turns > 1:  # long lines without clusters: several positions a thread spill, docs/kernel.md
                     continue
                 # The most that a kernel has: the state that the forward saves, the backward's sums over blocks.
                 has = (1 if name == "first-gspn" else 3) + 4 * (not backward or variant.parts > 1)
-                # The general kernels with decay spill up to 80 bytes where lines are long, docs/kernel.md.
-                short = variant.places or name == "first-gspn" or SHAPES[name][1] <= 256
-                decays = architecture in ("86", "90") and short
-                for decay in (False, True) if decays else (False,):
-                    jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype, has, decay)))
+                jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype, has, decay)))
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 

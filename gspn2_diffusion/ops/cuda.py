@@ -130,13 +130,17 @@ def shared_bytes(work: Work, vec: int, lanes: int, cluster: int, positions: int)
     return (32 if cluster > 1 else 0) + exchanged * 2 * (positions + 2) * lanes * vec * 4
 
 
-def largest_block(work: Work, vec: int, sets: int) -> int:
-    """Threads of a block. Weights for each channel, and float32 in the backward, take more than 128 registers."""
-    return MOST_THREADS // 2 if sets > 1 or (work.backward and vec > 1 and work.size == 4) else MOST_THREADS
+def largest_block(work: Work, vec: int, sets: int, cluster: int) -> int:
+    """Threads of a block. Weights for each channel, float32 in the backward, and decay there over a cluster take more
+    than 128 registers."""
+    wide = work.backward and vec > 1 and (work.size == 4 or (work.decay and cluster > 1))
+    return MOST_THREADS // 2 if sets > 1 or wide else MOST_THREADS
 
 
-def lines_ahead(work: Work, vec: int, sets: int, turns: int) -> int:
+def lines_ahead(work: Work, vec: int, sets: int, turns: int, lanes: int) -> int:
     """Lines on their way in registers: what RING_WORDS hold, and an even number, since two buffers take turns."""
+    if work.decay and lanes == 1:  # which has the logits of every line, too
+        return 2
     tensors = (3 + 2 * (work.gates > 0) if work.backward else 1) + work.gates
     bytes_each = vec * work.size * tensors + (3 * vec * work.logit_size if sets > 1 else 0)
     return 4 if turns * bytes_each <= RING_WORDS[work.backward] else 2
@@ -176,7 +180,7 @@ def make_variant(work: Work, vec: int, sets: int, lanes: int, cluster: int, ahea
     positions = -(-work.line // cluster)
     if cluster > 1:
         positions = max(positions, 2)
-    height = largest_block(work, vec, sets) // lanes
+    height = largest_block(work, vec, sets, cluster) // lanes
     turns = -(-positions // height)
     if sliced is None or turns > MOST_TURNS:
         return None
@@ -186,7 +190,7 @@ def make_variant(work: Work, vec: int, sets: int, lanes: int, cluster: int, ahea
         vec,
         sets,
         lanes,
-        ahead or lines_ahead(work, vec, sets, turns),
+        ahead or lines_ahead(work, vec, sets, turns, lanes),
         turns,
         cluster,
         slices,
@@ -675,14 +679,17 @@ def _function(launch: Launch, index: int) -> Any:
 
 
 _streams: dict[tuple[int, int], Any] = {}
+# The address alone, without an object around it: what Triton's launches use. Not in torch's builds for the CPU.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _stream(index: int) -> Any:
     """CuPy's name for torch's current stream."""
-    key = (index, torch.cuda.current_stream(index).cuda_stream)
-    if key not in _streams:
-        _streams[key] = _import_cupy().cuda.ExternalStream(key[1], index)
-    return _streams[key]
+    key = (index, _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream)
+    stream = _streams.get(key)
+    if stream is None:
+        stream = _streams[key] = _import_cupy().cuda.ExternalStream(key[1], index)
+    return stream
 
 
 @cache
@@ -745,14 +752,16 @@ def encode_box(box: Box) -> bytes:
     return template[:place] + _ADDRESS.pack(box.address) + template[place + 8 :]
 
 
-def _packed(arguments: bytearray) -> np.ndarray:
-    return np.frombuffer(arguments, np.dtype((np.void, len(arguments))))
+@cache
+def _struct(size: int) -> np.dtype:
+    return np.dtype((np.void, size))
 
 
 def _execute(launch: Launch) -> None:
     index = torch.cuda.current_device()
     function = _function(launch, index)
-    arguments = _packed(launch.arguments(encode_box))
+    params = launch.arguments(encode_box)
+    arguments = np.frombuffer(params, _struct(len(params)))
     function((launch.grid,), launch.block, (arguments,), launch.shared, _stream(index))
 
 
@@ -782,55 +791,59 @@ class Plan:
         self.function = _function(launch, self.index)
         self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
         self.params = launch.arguments(encode_box)
-        # In the order of scan.cuh's Params, whose views are six words long: x, lam, u, logits, the state, y.
-        self.addresses = [(48 * place, place) for place in (0, 1, 2, 3, 5)]
-        self.maps: list[Box] = []
+        self.struct = _struct(len(self.params))
+        # Which words hold the address of which of x, lam, u, logits, the state and y: of scan.cuh's Params the first of
+        # each view's six.
+        words = [(6 * tensor, tensor) for tensor in range(6)]
+        self.maps: list[Box] = []  # that this driver keeps in another way
         if launch.boxes:
-            places = [_template(box)[1] for box in launch.boxes]
-            self.addresses = [
-                (box.place * MAP_BYTES + place, box.tensor)
-                for box, place in zip(launch.boxes, places, strict=True)
-                if place is not None
-            ]
-            self.maps = [box for box, place in zip(launch.boxes, places, strict=True) if place is None]
+            places = [(box, _template(box)[1]) for box in launch.boxes]
+            words = [((box.place * MAP_BYTES + at) // 8, box.tensor) for box, at in places if at is not None]
+            self.maps = [box for box, at in places if at is None]
+        self.words = [(word, tensor) for word, tensor in words if tensor < 4 and tensors[tensor] is not None]
+        self.y_words = [word for word, tensor in words if tensor == 5]
         self.shape = y.shape
         self.merge_sum = merge_sum
 
     def __call__(self, tensors: Inputs) -> torch.Tensor:
-        x, lam, u, logits = tensors
-        y = x.new_empty(self.shape)
+        y = tensors[0].new_empty(self.shape)
         params = self.params[:]
-        addresses = [0 if t is None else t.data_ptr() for t in (x, lam, u, logits, None, y)]
-        for offset, place in self.addresses:
-            _ADDRESS.pack_into(params, offset, addresses[place])
+        words = memoryview(params).cast("Q")
+        for word, tensor in self.words:
+            words[word] = tensors[tensor].data_ptr()  # type: ignore[union-attr]
+        address = y.data_ptr()
+        for word in self.y_words:
+            words[word] = address
         for box in self.maps:
-            encoded = encode_box(box._replace(address=addresses[box.tensor]))
+            moved = y if box.tensor == 5 else tensors[box.tensor]
+            encoded = encode_box(box._replace(address=moved.data_ptr()))  # type: ignore[union-attr]
             params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
-        self.function(self.grid, self.block, (_packed(params),), self.shared, _stream(self.index))
-        return y.sum(3, dtype=x.dtype) if self.merge_sum else y
+        arguments = np.frombuffer(params, self.struct)
+        self.function(self.grid, self.block, (arguments,), self.shared, _stream(self.index))
+        return y.sum(3, dtype=y.dtype) if self.merge_sum else y
 
 
 _plans: dict[tuple, Plan] = {}
 _MOST_PLANS = 4096
 
 
-def _facts(t: torch.Tensor | None) -> tuple | None:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
-
-
 def plan_key(tensors: Inputs, directions: Sequence[str], *options: Any) -> tuple | None:
     """What a Plan depends on, or None where there can be none: torch's own machinery has to see those calls, and the
     checks of the arguments those that are not of the right kind."""
     x = tensors[0]
-    if torch.is_grad_enabled() or not isinstance(x, torch.Tensor) or not x.is_cuda:
+    if torch.is_grad_enabled() or type(x) is not torch.Tensor or not x.is_cuda or torch.compiler.is_compiling():
         return None
-    if not isinstance(directions, tuple) or not all(t is None or isinstance(t, torch.Tensor) for t in tensors):
+    key: list[Any] = [directions, options, x.get_device()]
+    for t in tensors:
+        if t is None:
+            key.append(None)
+        elif type(t) is torch.Tensor:
+            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+        else:
+            return None
+    if type(directions) is not tuple or x.dtype not in STORAGE_NAMES or torch.cuda.current_device() != key[2]:
         return None
-    if type(x) is not torch.Tensor or not x.numel() or x.dtype not in STORAGE_NAMES:
-        return None
-    if torch.compiler.is_compiling() or torch.cuda.current_device() != x.device.index:
-        return None
-    return (x.device.index, *map(_facts, tensors), directions, *options)
+    return tuple(key) if x.numel() else None
 
 
 # Binaries are unloaded while CuPy is still there, not when the interpreter takes modules apart.

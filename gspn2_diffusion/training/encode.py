@@ -40,6 +40,8 @@ DROPPED = (*SAMPLE_NAMES, "timestep", "return_dict")
 POSITIONS = ("img_ids", "txt_ids")
 READERS = 8
 """Threads that decode and resize pictures."""
+CACHE_FORMAT = 2
+"""Of the files; a cache of another one is refused."""
 
 
 class _Stop(Exception):
@@ -225,6 +227,7 @@ def _claim(folder: Path, args: TrainingArguments, rows: Rows, sizes: list[Size])
         "sizes": [list(size) for size in sizes],
         "dtype": args.cache_dtype,
         "shard_size": args.cache_shard_size,
+        "format": CACHE_FORMAT,
     }
     path = folder / "cache.json"
     if path.is_file():
@@ -294,7 +297,8 @@ def _encode_shard(
     for size in list(waiting):
         flush(size)
     tensors = {name: torch.cat(parts).contiguous() for name, parts in encoded.items()}
-    save_atomically(tensors, path, {"broken": json.dumps(broken), "rows": json.dumps(numbers)})
+    # Under one name: safetensors writes several in any order, and the same shard is to be the same bytes.
+    save_atomically(tensors, path, {"about": json.dumps({"broken": broken, "rows": numbers})})
 
 
 def _write_empty(folder: Path, conditioner: Conditioner, sizes: list[Size], args: TrainingArguments) -> None:
@@ -376,7 +380,7 @@ class EncodedDataset(torch.utils.data.Dataset):
         self._open: dict[Path, Any] = {}
         for path in sorted(folder.glob("shard-*.safetensors")):
             with safe_open(path, framework="pt") as shard:
-                about = {name: json.loads(value) for name, value in shard.metadata().items()}
+                about = json.loads(shard.metadata()["about"])
                 self.broken += about["broken"]
                 for key in shard.keys():  # noqa: SIM118 (not a dict)
                     size, kind, name = key.split("/")
@@ -386,7 +390,7 @@ class EncodedDataset(torch.utils.data.Dataset):
                         count = shard.get_slice(key).get_shape()[0]
                         self.places += [(path, size, row) for row in range(count)]
                         self.sizes += [size] * count
-                        self.rows += about.get("rows", {}).get(size, range(len(self.rows), len(self.rows) + count))
+                        self.rows += about["rows"][size]
                     elif name not in self.names:
                         self.names.append(name)
         with safe_open(folder / "empty.safetensors", framework="pt") as empty:

@@ -196,12 +196,15 @@ class _Run:
             accelerator.init_trackers(args.tracker_project_name, config=_plain(args))
 
     def _layers(self, denoiser: Any) -> GSPN2Adapter:
-        level = logging.getLogger("gspn2_diffusion.patching").level
-        # The warning about untrained layers is for users who want pictures now.
-        logging.getLogger("gspn2_diffusion.patching").setLevel(logging.ERROR)
         config = self.args.operator_config() if self.args.adapter is None else None
-        adapter: Any = start_layers(denoiser, self.args.adapter, config)
-        logging.getLogger("gspn2_diffusion.patching").setLevel(level)
+        patching = logging.getLogger("gspn2_diffusion.patching")
+        level = patching.level
+        # The warning about untrained layers is for users who want pictures now.
+        patching.setLevel(logging.ERROR)
+        try:
+            adapter: Any = start_layers(denoiser, self.args.adapter, config)
+        finally:
+            patching.setLevel(level)
         adapter.requires_grad_(True)
         # Trained weights stay in float32; autocast brings their products to the model's type.
         cast_training_params(adapter, dtype=torch.float32)
