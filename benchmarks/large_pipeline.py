@@ -178,8 +178,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 str(row["steps"]),
                 beside(row["step"], "step"),
                 beside(vae, "vae"),
-                f"{row['rest']:.3g}",
-                f"{row['seconds']:.3g}",
+                beside(row["rest"], "rest"),
+                beside(row["seconds"], "seconds"),
                 beside(row["denoiser_gib"], "denoiser_gib"),
                 beside(row["vae_gib"], "vae_gib"),
             )
@@ -248,6 +248,8 @@ def run(pipe: Any, size: int, planned: dict[int, StagePlan], args: argparse.Name
                 "device": stage.device_seconds,
                 "host": stage.host_seconds,
                 "vae": stage.vae_seconds,
+                "rest": stage.pixel_seconds,
+                "seconds": stage.seconds,
                 "denoiser_gib": stage.denoiser_bytes / 2**30,
                 "vae_gib": stage.vae_bytes / 2**30,
             }

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gspn2_diffusion.pipelines.gspn2_upscale import GSPN2UpscalePipeline
+from gspn2_diffusion.pipelines.gspn2_upscale import GSPN2UpscalePipeline, for_stages
 from PIL import Image
 
 from gspn2_diffusion import fuse_gspn2, gspn2_disabled
@@ -65,6 +65,7 @@ def draw_stages(
     prompts: Sequence[str],
     side: int,
     strengths: Sequence[float],
+    guidance_scales: Sequence[float] | None,
     seed: int,
     **options: Any,
 ) -> Iterator[list[Image.Image]]:
@@ -73,14 +74,16 @@ def draw_stages(
     text2img, img2img = large.stock_pipelines
     sizes = large.stage_sizes(side, side)
     seeds = [torch.randint(2**53, (len(sizes),), generator=generator_of(seed, prompt)) for prompt in prompts]
+    noise = for_stages(strengths, len(sizes) - 1)
+    guidance = for_stages(guidance_scales or [options["guidance_scale"]], len(sizes) - 1)
     pictures: list[Image.Image] = []
     for stage, (height, width) in enumerate(sizes):
         generators = [torch.Generator().manual_seed(int(own[stage])) for own in seeds]
         common: dict[str, Any] = {"prompt": list(prompts), "generator": generators, **options}
         if stage:
             larger = [picture.resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
-            strength = strengths[min(stage, len(strengths)) - 1]
-            pictures = img2img(image=larger, strength=strength, **common).images
+            common.update(strength=noise[stage - 1], guidance_scale=guidance[stage - 1])
+            pictures = img2img(image=larger, **common).images
         else:
             pictures = text2img(height=height, width=width, **common).images
         yield pictures
@@ -95,7 +98,8 @@ def score(first: int, prompts: list[EvalPrompt]) -> list[dict[str, Any]]:
     options = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     for mixer in MIXERS:
         with gspn2_disabled(worker["pipe"]) if mixer == "attention" else nullcontext():
-            for pictures in draw_stages(worker["large"], texts, max(args.sizes), args.strengths, args.seed, **options):
+            stages = (args.strengths, args.guidance_scales, args.seed)
+            for pictures in draw_stages(worker["large"], texts, max(args.sizes), *stages, **options):
                 for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True), start=first):
                     verdict = judge(picture, prompt.prompt)
                     about = {"mixer": mixer, "pixels": picture.width, "passed": verdict.passed}
@@ -149,6 +153,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="of a full denoising")
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.16, 0.08], help="of the larger stages")
+    parser.add_argument("--guidance_scales", type=float, nargs="+", help="of them; default: --guidance_scale")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=60, help="no further batch after so many")

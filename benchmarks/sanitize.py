@@ -35,29 +35,32 @@ BOXED = [
 ]
 
 
+def run(inputs: list[torch.Tensor | None], **options: object) -> None:
+    """Forward and backward. What is read comes from the host: initcheck follows copies and our kernels alone and would
+    take what torch's kernels wrote for uninitialised."""
+    y = gspn2_scan(*inputs, **options)
+    y.backward(torch.rand(y.shape, dtype=y.dtype).cuda())
+    torch.cuda.synchronize()
+
+
 def boxed_work() -> None:
     """Inputs as they come out of the layer's projection: aligned views of one tensor."""
     for B, H, W, D, G, segment, merge, gated, K in BOXED:
         widths = [D, K * D, K * D * gated, K * G * 3]
-        row = torch.rand(B, H, W, -(-sum(widths) // 8) * 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        row = torch.rand(B, H, W, -(-sum(widths) // 8) * 8, dtype=torch.bfloat16).cuda().requires_grad_()
         x, lam, u, logits = row[..., : sum(widths)].split(widths, -1)
         gates = [g.unflatten(-1, (K, D)) if g.shape[-1] else None for g in (lam, u)]
         directions = ("right", "left", "down", "up")[-K:]
-        options = dict(directions=directions, segment=segment, merge=merge)
-        gspn2_scan(x, *gates, logits.unflatten(-1, (K, G, 3)), **options).sum().backward()
-    torch.cuda.synchronize()
+        run([x, *gates, logits.unflatten(-1, (K, G, 3))], directions=directions, segment=segment, merge=merge)
 
 
 def work() -> None:
     for B, H, W, D, G, segment, merge, gated, K in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
+            shapes = [(D,), (K, D), (1, D) if gated else None, (K, G, 3)]
+            inputs = [s and torch.rand(B, H, W, *s, dtype=dtype).cuda().requires_grad_() for s in shapes]
             directions = ("right", "left", "down", "up")[-K:]
-            x = torch.randn(B, H, W, D, device="cuda", dtype=dtype, requires_grad=True)
-            lam = torch.rand(B, H, W, K, D, device="cuda", dtype=dtype, requires_grad=True)
-            logits = torch.randn(B, H, W, K, G, 3, device="cuda", dtype=dtype, requires_grad=True)
-            u = torch.randn(B, H, W, 1, D, device="cuda", dtype=dtype, requires_grad=True) if gated else None
-            gspn2_scan(x, lam, u, logits, directions=directions, segment=segment, merge=merge).sum().backward()
-    torch.cuda.synchronize()
+            run(inputs, directions=directions, segment=segment, merge=merge)
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def main() -> None:
         if tool == "synccheck":  # each block has four, and the tool follows few of them unless told
             command += ["--num-cuda-barriers", "65536"]
         if tool == "racecheck":  # a stage's readers tell the storing warp, and only that one the loading warp
-            command += ["--racecheck-indirect-barrier-dependency", "yes"]
+            command += ["--racecheck-indirect-barrier-dependency"]
         command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes]
         done = subprocess.run(command, capture_output=True, text=True)
         print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)

@@ -27,6 +27,7 @@ parser.add_argument("--width", type=int, default=256)
 parser.add_argument("--steps", type=int, default=25)
 parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE, help="classifier-free guidance")
 parser.add_argument("--strengths", type=float, nargs="+", default=[0.16, 0.08], help="noise of the later stages")
+parser.add_argument("--guidance_scales", type=float, nargs="+", help="of the later stages (default: --guidance_scale)")
 parser.add_argument("--out", default="outputs/large")
 args, _ = parser.parse_known_args()  # a notebook has arguments of its own
 shipped = args.model == str(tiny_scenes_path()) and (tiny_adapter_path() / "config.json").is_file()
@@ -48,6 +49,7 @@ result = large(
     num_inference_steps=args.steps,
     guidance_scale=args.guidance_scale,
     strengths=args.strengths,
+    guidance_scales=args.guidance_scales,
     generator=torch.Generator().manual_seed(0),
 )
 Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ it has them, bytes moved otherwise).
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import math
 import os
 import time
@@ -21,6 +23,8 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,15 +37,17 @@ from .memory import active_switches, available_switches, denoiser, memory_switch
 from .ops import eager
 from .patching import apply_gspn2
 from .patching.fuse import folded_weights
-from .pipelines.gspn2_upscale import STRENGTHS, VAE_TILING_ABOVE, stage_sizes
+from .pipelines.gspn2_upscale import PNG_LEVEL, STRENGTHS, VAE_TILING_ABOVE, stage_sizes
 
 # What the plan assumes; everything else is counted or timed.
 FEED_FORWARD_TOKENS = 65536  # at a time when the feed-forward is chunked: enough to fill a GPU
 USABLE = 0.9  # of a device's memory; the rest is the allocator's and the libraries'
 CALIBRATE_AT = {"cuda": 4096, "cpu": 512}  # side of the square at which operations are timed
 # What the host needs to start an operation inside a model, times what it needs for the bare operation: the modules,
-# hooks and views around it. A call is never shorter than this on a GPU, however fast the device is.
-HOST_FACTOR = 2.0
+# hooks and views around it. A call is never shorter than this on a GPU, however fast the device is. From SDXL at 1024
+# pixels on an H100's host (docs/large_images.md).
+HOST_FACTOR = 1.15
+PIXELS_AT = 1024  # side of the picture with which the host's work on pixels is timed
 QUEUE_CYCLES = 2_000_000  # for which the device sleeps, about 1 ms, while the operations to be timed are queued
 
 
@@ -57,6 +63,7 @@ class StagePlan:
         vae_seconds: decoding, and encoding where the stage starts from a picture.
         denoiser_bytes, vae_bytes: peak memory while each works, weights included.
         switches: arguments for `memory_switches`.
+        pixel_seconds: what the host does with pixels: enlarging and reading the picture before, and making a PNG.
     """
 
     height: int
@@ -68,6 +75,7 @@ class StagePlan:
     denoiser_bytes: int
     vae_bytes: int
     switches: dict[str, Any]
+    pixel_seconds: float = 0.0
 
     @property
     def call_seconds(self) -> float:
@@ -76,7 +84,7 @@ class StagePlan:
 
     @property
     def seconds(self) -> float:
-        return self.steps * self.call_seconds + self.vae_seconds
+        return self.steps * self.call_seconds + self.vae_seconds + self.pixel_seconds
 
     @property
     def bytes(self) -> int:
@@ -162,8 +170,7 @@ def plan(
 ) -> Plan:
     """Memory, time and memory switches of `GSPN2UpscalePipeline` for a picture, found without making it.
 
-    Takes UNet pipelines (Stable Diffusion, SDXL). Text encoders' and schedulers' time is not in it, nor what the host
-    does with the picture's pixels.
+    Takes UNet pipelines (Stable Diffusion, SDXL). Text encoders' and schedulers' time is not in it.
 
     Args:
         pipe_or_path: a pipeline, patched or not, or the folder of one, whose weights are then not loaded.
@@ -191,6 +198,7 @@ def plan(
 
     clocks = _Clocks(device, clock)
     room = limit - weights
+    making, reading = _pixel_times(clock)
     walks: dict[tuple[int, ...], _Walk] = {}
 
     def walk(latent: tuple[int, int]) -> _Walk:
@@ -218,6 +226,7 @@ def plan(
                 weights + denoiser_bytes,
                 weights + vae_bytes,
                 {**({"vae_tiling": True} if tiled else {}), **switches},
+                rows * columns * (making + reading * (index > 0)),
             )
         )
     replaced = sum(hasattr(module, "_gspn2") for module in unet.modules())
@@ -402,6 +411,36 @@ def _vae_cost(
     return seconds, peak
 
 
+def _pixel_times(clock: Callable[[], float]) -> tuple[float, float]:
+    """Seconds a pixel that the host needs to make a stage's result a PNG with its checksum, and to enlarge and read the
+    picture that a stage begins with."""
+    processor = VaeImageProcessor()
+    # Noise takes a PNG longest, and a picture of a large model is nearer to it than to an even one.
+    result = torch.rand(1, 3, PIXELS_AT, PIXELS_AT, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before = processor.postprocess(result[..., ::2, ::2])[0]
+
+    def make() -> None:
+        file = io.BytesIO()
+        processor.postprocess(result)[0].save(file, format="PNG", compress_level=PNG_LEVEL)
+        hashlib.sha256(file.getbuffer()).digest()
+
+    def read() -> None:
+        processor.preprocess(before.resize((PIXELS_AT, PIXELS_AT), Image.Resampling.LANCZOS))
+
+    making, reading = (_seconds(run, clock) / PIXELS_AT**2 for run in (make, read))
+    return making, reading
+
+
+def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
+    """The median of three runs."""
+    taken = []
+    for _ in range(3):
+        before = clock()
+        run()
+        taken.append(clock() - before)
+    return sorted(taken)[1]
+
+
 def _tile_sides(vae: Any, latent: tuple[int, int]) -> list[tuple[int, int]]:
     """Sides, in latents, of the tiles into which diffusers' AutoencoderKL cuts a map."""
     size = vae.tile_latent_min_size
@@ -476,9 +515,9 @@ _INSIDE: dict[str, int] = {}
 
 @dataclass
 class _Walk(TorchDispatchMode):
-    """Records operations on meta tensors, and how many bytes are alive."""
+    """Records operations on meta tensors, and how many bytes are alive on a device of this type."""
 
-    cpu: bool
+    device: str
     operations: list[_Operation] = field(default_factory=list)
     alive: int = 0
     peak: int = 0
@@ -495,8 +534,10 @@ class _Walk(TorchDispatchMode):
 
     def record(self, function: Any, args: Any, kwargs: Any, output: Any) -> None:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        # A view of a parameter (a linear layer's transposed weight) is not new memory.
+        given = {t.untyped_storage()._cdata for t in tensors}
         for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 self.track(tensor)
         if getattr(function, "is_view", False) or not tensors or function in _NO_WORK:
             return
@@ -506,8 +547,12 @@ class _Walk(TorchDispatchMode):
         if counter is not None:
             work = float(counter(*args, **kwargs, out_val=output))
         operation = _Operation(function, tree_map(_spec, args), tree_map(_spec, kwargs), work)
-        if self.cpu and function is torch.ops.gspn2.scan.default:
+        if self.device == "cpu" and function is torch.ops.gspn2.scan.default:
             self.peak = max(self.peak, self.alive + self._inside_scan(operation.signature, args))
+        if self.device == "cuda" and function is torch.ops.aten.convolution.default and output.element_size() == 2:
+            # cuDNN's half-precision convolutions want channels last and work on copies of input and output.
+            copies = (args[0].numel() + output.numel()) * output.element_size()
+            self.peak = max(self.peak, self.alive + copies)
         self.operations.append(operation)
 
     def track(self, tensor: Tensor) -> None:
@@ -527,7 +572,7 @@ class _Walk(TorchDispatchMode):
     def _inside_scan(self, signature: str, args: Any) -> int:
         """Peak inside the plain-torch scan, which works on copies of its inputs in float32."""
         if signature not in _INSIDE:
-            inner = _Walk(cpu=False)
+            inner = _Walk(device="meta")
             with inner:
                 eager.scan_forward(*args)
             _INSIDE[signature] = inner.peak
@@ -553,7 +598,7 @@ class _WholeAttention(TorchFunctionMode):
 
 
 def _walk(run: Callable[[], Any], device: torch.device) -> _Walk:
-    walk = _Walk(cpu=device.type == "cpu")
+    walk = _Walk(device=device.type)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(walk)
@@ -612,12 +657,7 @@ class _Clocks:
             end.record()
             end.synchronize()
             return start.elapsed_time(end) / 1000 / repeats, host / repeats
-        taken = []
-        for _ in range(3):
-            before = self.clock()
-            run()
-            taken.append(self.clock() - before)
-        return sorted(taken)[1], 0.0
+        return _seconds(run, self.clock), 0.0
 
     def _fill(self, value: Any) -> Any:
         if isinstance(value, _Spec):

@@ -40,6 +40,23 @@ def test_peak_counts_what_is_alive():
     assert _peak(run, CPU) == 8000  # a and b, then b and 500 of the sum
 
 
+def test_a_parameters_view_is_no_new_memory():
+    linear = torch.nn.Linear(100, 10, device="meta")
+    assert _peak(lambda: linear(torch.empty(4, 100, device="meta")), CPU) == 4 * (4 * 100 + 4 * 10)
+
+
+def test_half_precision_convolutions_work_on_copies_on_a_gpu():
+    convolution = torch.nn.Conv2d(4, 8, 3, padding=1, device="meta")
+    x, y = 4 * 5 * 6, 8 * 5 * 6  # elements
+
+    def peak(device: str, dtype: torch.dtype) -> int:
+        model = convolution.to(dtype)
+        return _peak(lambda: model(torch.empty(1, 4, 5, 6, device="meta", dtype=dtype)), torch.device(device))
+
+    assert peak("cuda", torch.bfloat16) == 2 * 2 * (x + y)
+    assert peak("cpu", torch.bfloat16) == 2 * (x + y) and peak("cuda", F32) == 4 * (x + y)
+
+
 def test_work_is_flops_or_bytes():
     walk = _walk(lambda: torch.empty(8, 16, device="meta") @ torch.empty(16, 4, device="meta"), CPU)
     (product,) = [op for op in walk.operations if "mm" in str(op.function)]
@@ -81,8 +98,8 @@ def test_a_call_takes_the_longer_of_device_and_host():
     clocks = _Clocks(CPU, float)
     clocks.times = {operation.signature: (2.0, 0.5) for operation in walk.operations}
     assert clocks.seconds(walk, walk) == (4.0, HOST_FACTOR)
-    stage = StagePlan(8, 8, 1, 4.0, 5.0, 1.0, 0, 0, {})
-    assert (stage.call_seconds, stage.seconds) == (5.0, 6.0)
+    stage = StagePlan(8, 8, 1, 4.0, 5.0, 1.0, 0, 0, {}, 0.5)
+    assert (stage.call_seconds, stage.seconds) == (5.0, 6.5)
 
 
 def test_plan_of_a_pipeline_and_of_its_folder(tmp_path):

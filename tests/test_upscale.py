@@ -129,15 +129,19 @@ def test_loads_as_custom_pipeline_without_t5(tmp_path):
     assert type(loaded.stock_pipelines[0]) is StableDiffusion3Pipeline
 
 
-def test_equals_the_stock_pipelines_by_hand(pipe):
+@pytest.mark.parametrize("guidance_scales", [None, (1.0, 3.0)])
+def test_equals_the_stock_pipelines_by_hand(pipe, guidance_scales):
     """Two stages written out with the stock pipelines."""
     text2img, img2img = pipe.stock_pipelines
     img2img.set_progress_bar_config(disable=True)
-    output = pipe("a cat", 64, 64, num_inference_steps=4, strengths=(0.5,), generator=seeded(3), guidance_scale=4.0)
+    own = {"strengths": (0.5,), "guidance_scales": guidance_scales}
+    output = pipe("a cat", 64, 64, num_inference_steps=4, generator=seeded(3), guidance_scale=4.0, **own)
     seeds = torch.randint(2**53, (2,), generator=seeded(3)).tolist()
     common = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 4.0}
     first = text2img(height=32, width=32, generator=seeded(seeds[0]), **common).images[0]
     larger = first.resize((64, 64), Image.Resampling.LANCZOS)
+    if guidance_scales:
+        common["guidance_scale"] = guidance_scales[0]
     second = img2img(image=larger, strength=0.5, generator=seeded(seeds[1]), **common).images[0]
     assert output.stages[0].tobytes() == first.tobytes()
     assert output.images[0].tobytes() == second.tobytes()
@@ -273,7 +277,12 @@ def test_a_changed_stage_is_made_again(pipe, tmp_path):
 
 @pytest.mark.parametrize(
     "changed, named",
-    [({"prompt": "a dog"}, "prompt"), ({"guidance_scale": 2.0}, "arguments"), ({"generator": seeded(1)}, "seed")],
+    [
+        ({"prompt": "a dog"}, "prompt"),
+        ({"guidance_scale": 2.0}, "arguments"),
+        ({"guidance_scales": (1,)}, "guidance_scales"),
+        ({"generator": seeded(1)}, "seed"),
+    ],
 )
 def test_a_folder_of_another_picture_is_refused(pipe, tmp_path, changed, named):
     pipe(**CALL, generator=seeded(), folder=tmp_path)
@@ -288,6 +297,8 @@ def test_a_folder_of_another_picture_is_refused(pipe, tmp_path, changed, named):
         ({"width": 0.5}, ValueError, "width is 0.5"),
         ({"strengths": (1.2,)}, ValueError, "strengths is"),
         ({"strengths": ()}, ValueError, "strengths is"),
+        ({"guidance_scales": ()}, ValueError, "guidance_scales is"),
+        ({"guidance_scales": (-1.0,)}, ValueError, "guidance_scales is"),
         ({"num_inference_steps": 1}, ValueError, "less than one step; use at least 2 steps"),
         ({"num_inference_steps": -1}, ValueError, "num_inference_steps is -1"),
         ({"prompt": ["a", "b"]}, TypeError, "pass one string"),
@@ -301,15 +312,17 @@ def test_bad_arguments(pipe, tmp_path, changed, error, message):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_quality_benchmarks_batches_are_the_pipelines_pictures(pipe):
+@pytest.mark.parametrize("guidance_scales", [None, (1.0, 2.0)])
+def test_the_quality_benchmarks_batches_are_the_pipelines_pictures(pipe, guidance_scales):
     from benchmarks.large_quality import draw_stages, generator_of
 
     call = {"num_inference_steps": 4, "guidance_scale": 3.0}
     prompts, strengths = ["a cat", "two dogs"], (0.75, 0.5)
-    batches = list(draw_stages(pipe, prompts, 64, strengths, 5, **call))
+    batches = list(draw_stages(pipe, prompts, 64, strengths, guidance_scales, 5, **call))
     assert len(batches) > 1
     for number, prompt in enumerate(prompts):
-        alone = pipe(prompt, 64, 64, strengths=strengths, generator=generator_of(5, prompt), **call).stages
+        own = {"strengths": strengths, "guidance_scales": guidance_scales, "generator": generator_of(5, prompt)}
+        alone = pipe(prompt, 64, 64, **own, **call).stages
         for batch, picture in zip(batches, alone, strict=True):
             difference = torch.tensor(list(batch[number].tobytes())) - torch.tensor(list(picture.tobytes()))
             assert batch[number].size == picture.size and difference.abs().max() <= 1
