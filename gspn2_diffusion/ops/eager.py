@@ -5,7 +5,9 @@ loop is three fused multiply-adds for all of them. (A dense m x m matrix product
 m = 8, slower at 64.)
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,50 +16,73 @@ import torch
 class _Block(NamedTuple):
     """Directions scanned together: place in `directions`, whether horizontal, whether last to first; n lines of m."""
 
-    places: list[int]
-    horizontal: list[bool]
-    backwards: list[bool]
+    places: tuple[int, ...]
+    horizontal: tuple[bool, ...]
+    backwards: tuple[bool, ...]
     n: int
     m: int
 
-    def members(self) -> Iterator[tuple[int, bool, bool]]:
-        return zip(self.places, self.horizontal, self.backwards, strict=True)
+
+@lru_cache(256)
+def _blocks(H: int, W: int, directions: tuple[int, ...]) -> list[_Block]:
+    lines = [(W, H) if direction < 2 else (H, W) for direction in directions]
+    blocks = []
+    for n, m in dict.fromkeys(lines):
+        places = tuple(place for place, own in enumerate(lines) if own == (n, m))
+        horizontal, backwards = zip(*((directions[p] < 2, directions[p] % 2 == 1) for p in places), strict=True)
+        blocks.append(_Block(places, horizontal, backwards, n, m))
+    return blocks
 
 
-def _blocks(H: int, W: int, directions: Sequence[int]) -> list[_Block]:
-    blocks: dict[tuple[int, int], _Block] = {}
-    for place, direction in enumerate(directions):
-        horizontal = direction < 2
-        n, m = (W, H) if horizontal else (H, W)
-        block = blocks.setdefault((n, m), _Block([], [], [], n, m))
-        block.places.append(place)
-        block.horizontal.append(horizontal)
-        block.backwards.append(direction % 2 == 1)
-    return list(blocks.values())
+KEPT = 1 << 16  # pixels of a map up to which its orders are kept for the next call
 
 
-def _to_lines(t: torch.Tensor, block: _Block, dtype: torch.dtype) -> torch.Tensor:
-    """(B, H, W, K or 1, ...) -> (n, directions of the block, B, m, ...), in scan order."""
-    lines = t.new_empty((block.n, len(block.places), t.shape[0], block.m, *t.shape[4:]), dtype=dtype)
-    for row, (place, horizontal, backwards) in enumerate(block.members()):
-        part = t[:, :, :, place if t.shape[3] > 1 else 0]
-        part = part.movedim(2, 0) if horizontal else part.movedim(1, 0)  # (n, B, m, ...)
-        lines[:, row] = part.flip(0) if backwards else part
-    return lines
+def _kept(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Results are kept, unless the map is so large that making one again costs nothing beside the scan."""
+    remembering = lru_cache(64)(function)
+    return lambda shape, *rest: (remembering if math.prod(shape) <= KEPT else function)(shape, *rest)
 
 
-def _from_lines(lines: torch.Tensor, block: _Block, out: torch.Tensor) -> None:
-    """Write lines in scan order back to `out` (B, H, W, K, ...)."""
-    for row, (place, horizontal, backwards) in enumerate(block.members()):
-        part = lines[:, row].flip(0) if backwards else lines[:, row]
-        out[:, :, :, place] = part.movedim(0, 2 if horizontal else 1)
+@_kept
+def _order(shape: tuple[int, int, int], block: _Block, sources: int, device: torch.device) -> torch.Tensor:
+    """For each of (n, directions of the block, B, m), in scan order, which of (B, H, W, `sources` directions) it is."""
+    pixel = torch.arange(shape[0] * shape[1] * shape[2], device=device).view(shape)
+    rows = []
+    for place, horizontal, backwards in zip(block.places, block.horizontal, block.backwards, strict=True):
+        row = pixel.movedim(2, 0) if horizontal else pixel.movedim(1, 0)  # (n, B, m)
+        rows.append((row.flip(0) if backwards else row) * sources + (place if sources > 1 else 0))
+    return torch.stack(rows, 1).flatten()
 
 
-def _add_lines(lines: torch.Tensor, block: _Block, out: torch.Tensor) -> None:
-    """Add lines in scan order to `out` (B, H, W, K, ...), or their sum over the directions to (B, H, W, 1, ...)."""
-    for row, (place, horizontal, backwards) in enumerate(block.members()):
-        part = lines[:, row].flip(0) if backwards else lines[:, row]
-        out[:, :, :, place if out.shape[3] > 1 else 0] += part.movedim(0, 2 if horizontal else 1)
+@_kept
+def _order_back(shape: tuple[int, int, int], block: _Block, device: torch.device) -> torch.Tensor:
+    """For each of (B, H, W, directions of the block) which of (n, directions of the block, B, m) it is."""
+    count = len(block.places)
+    order = _order(shape, block._replace(places=tuple(range(count))), count, device)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
+
+
+def _to_lines(t: torch.Tensor, block: _Block) -> torch.Tensor:
+    """(B, H, W, K or 1, ...) -> (n, directions of the block, B, m, ...), in scan order; a copy."""
+    B, H, W, sources = t.shape[:4]
+    rows = t.reshape(B * H * W * sources, math.prod(t.shape[4:]))
+    lines = rows.index_select(0, _order((B, H, W), block, sources, t.device))
+    return lines.view(block.n, len(block.places), B, block.m, *t.shape[4:])
+
+
+def _from_lines(parts: list[torch.Tensor], blocks: list[_Block], H: int, W: int) -> torch.Tensor:
+    """Lines of each block, (n, directions of the block, B, m, ...) in scan order -> (B, H, W, K, ...)."""
+    maps = []
+    for lines, block in zip(parts, blocks, strict=True):
+        B, rest = lines.shape[2], lines.shape[4:]
+        order = _order_back((B, H, W), block, lines.device)
+        rows = lines.reshape(order.numel(), math.prod(rest)).index_select(0, order)
+        maps.append(rows.view(B, H, W, len(block.places), *rest))
+    if len(maps) == 1:
+        return maps[0]
+    places = [place for block in blocks for place in block.places]
+    out = torch.cat(maps, 3)
+    return out if places == sorted(places) else out[:, :, :, [places.index(place) for place in range(len(places))]]
 
 
 def _weights(logits: torch.Tensor, softmax: bool, segment: int) -> torch.Tensor:
@@ -134,24 +159,24 @@ def scan_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, and the state (B, H, W, K, D) if `save_state` (else no elements). `segment` 0 is the global scan."""
     dtype = _accumulation_type(x)
-    B, H, W, D = x.shape
-    K = len(directions)
-    y = x.new_zeros((B, H, W, 1, D), dtype=dtype) if merge_sum else x.new_empty(B, H, W, K, D)
-    saved = x.new_empty((B, H, W, K, D) if save_state else (0,))
-    for block in _blocks(H, W, directions):
-        state = _to_lines(x.unsqueeze(3), block, dtype)
-        w = _weights(_to_lines(logits, block, dtype), softmax, segment)
-        if lam is not None:
-            share = _to_lines(lam, block, dtype)
-            state *= share
-            w = _decayed(w, share) if decay else w
+    _, H, W, _ = x.shape
+    blocks = _blocks(H, W, tuple(directions))
+    gated = x.to(dtype).unsqueeze(3)
+    if lam is not None:
+        gated = gated * lam
+    states = []
+    for block in blocks:
+        state = _to_lines(gated, block)
+        w = _weights(_to_lines(logits.to(dtype), block), softmax, segment)
+        if decay and lam is not None:
+            w = _decayed(w, _to_lines(lam.to(dtype), block))
         _propagate(state, w, transposed=False)
-        if save_state:
-            _from_lines(state, block, saved)
-        if u is not None:
-            state *= _to_lines(u, block, dtype)
-        (_add_lines if merge_sum else _from_lines)(state, block, y)
-    return (y.squeeze(3).to(x.dtype) if merge_sum else y), saved
+        states.append(state)
+    h = _from_lines(states, blocks, H, W)
+    # Without output gate y may be h; an operator's results are never the same tensor.
+    saved = h.to(x.dtype, copy=u is None) if save_state else x.new_empty((0,))
+    y = h if u is None else h * u
+    return (y.sum(3) if merge_sum else y).to(x.dtype), saved
 
 
 def scan_backward(
@@ -169,32 +194,34 @@ def scan_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, lam, u, logits, in their shapes and types (no elements where the argument is None)."""
     dtype = _accumulation_type(x)
-    B, H, W, D = x.shape
+    _, H, W, D = x.shape
     G = logits.shape[4]
-    grad_x = x.new_zeros((B, H, W, 1, D), dtype=dtype)
-    grad_lam = x.new_zeros((0,) if lam is None else lam.shape, dtype=dtype)
-    grad_u = x.new_zeros((0,) if u is None else u.shape, dtype=dtype)
-    grad_logits = torch.zeros_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
+    blocks = _blocks(H, W, tuple(directions))
+    h = saved.to(dtype)
+    into_h = grad_y.to(dtype)
     if merge_sum:
-        grad_y = grad_y.unsqueeze(3)
-    for block in _blocks(H, W, directions):
-        raw = _to_lines(logits, block, dtype)
+        into_h = into_h.unsqueeze(3)
+    grad_u = x.new_zeros((0,))
+    if u is not None:
+        grad_u = _as_given(into_h * h, u)
+        into_h = into_h * u
+    states, grads, carried = [], [], []
+    for block in blocks:
+        raw = _to_lines(logits.to(dtype), block)
         w = _weights(raw, softmax, segment)
-        h = _to_lines(saved, block, dtype)
-        g = _to_lines(grad_y, block, dtype)
-        if u is not None:
-            _add_lines(g * h, block, grad_u)
-            g *= _to_lines(u, block, dtype)
-        share = None if lam is None else _to_lines(lam, block, dtype)
-        into = g  # what reaches the sum over the taps
-        if decay and share is not None:
+        h_lines = _to_lines(h, block)
+        g = _to_lines(into_h, block)
+        reaching = g  # the sum over the taps
+        if decay and lam is not None:
+            share = _to_lines(lam.to(dtype), block)
             _propagate(g, _decayed(w, share), transposed=True)
-            into = g * (1 - share)
+            reaching = g * (1 - share)
+            carried.append(_carried(h_lines, w))
         else:
             _propagate(g, w, transposed=True)
+        states.append(g)
 
-        grouped = (block.n, len(block.places), B, block.m, G, D // G)
-        g_lines, h_lines = into.view(grouped), h.view(grouped)
+        g_lines, h_lines = (t.unflatten(-1, (G, D // G)) for t in (reaching, h_lines))
         grad_w = torch.zeros_like(w)
         grad_w[1:, ..., 1] = (g_lines[1:] * h_lines[:-1]).sum(-1)
         grad_w[1:, :, :, 1:, :, 0] = (g_lines[1:, :, :, 1:] * h_lines[:-1, :, :, :-1]).sum(-1)
@@ -202,12 +229,17 @@ def scan_backward(
         grad_raw = (grad_w - (grad_w * w).sum(-1, keepdim=True)) * w
         if not softmax:
             grad_raw *= torch.sigmoid(-raw)
-        _from_lines(grad_raw, block, grad_logits)
+        grads.append(grad_raw)
 
-        if share is None:
-            _add_lines(g, block, grad_x)
-        else:
-            _add_lines(g * share, block, grad_x)
-            fresh = _to_lines(x.unsqueeze(3), block, dtype)
-            _add_lines(g * (fresh - _carried(h, w) if decay else fresh), block, grad_lam)
-    return grad_x.squeeze(3).to(x.dtype), grad_lam.to(x.dtype), grad_u.to(x.dtype), grad_logits.to(logits.dtype)
+    g = _from_lines(states, blocks, H, W)
+    grad_lam = x.new_zeros((0,))
+    if lam is not None:
+        fresh = x.to(dtype).unsqueeze(3)
+        grad_lam = _as_given(g * (fresh - _from_lines(carried, blocks, H, W) if decay else fresh), lam)
+        g = g * lam
+    return g.sum(3).to(x.dtype), grad_lam, grad_u, _from_lines(grads, blocks, H, W).to(logits.dtype)
+
+
+def _as_given(grad: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A gradient for each direction, summed where the directions share `t`, in t's type."""
+    return (grad.sum(3, keepdim=True) if t.shape[3] < grad.shape[3] else grad).to(t.dtype)
