@@ -370,6 +370,7 @@ def test_table_gives_a_launch_that_fits(device, name, size, backward, boxes):
         ("sd15-8k-320", "forward", 4, 4, 8, 96),  # longer than a block
         ("batch-16", "forward", 4, 2, 4, 256),
         ("first-gspn", "forward", 4, 2, 8, 128),
+        ("first-gspn", "backward", 4, 2, 8, 128),
     ],
 )
 def test_table_on_an_h100(name, kind, vec, lanes, cluster, blocks):

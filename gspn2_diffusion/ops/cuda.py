@@ -131,9 +131,10 @@ def shared_bytes(work: Work, vec: int, lanes: int, cluster: int, positions: int)
 
 
 def largest_block(work: Work, vec: int, sets: int, cluster: int) -> int:
-    """Threads of a block. Weights for each channel, float32 in the backward, and decay there over a cluster take more
-    than 128 registers."""
-    wide = work.backward and vec > 1 and (work.size == 4 or (work.decay and cluster > 1))
+    """Threads of a block: half where a thread takes more than 128 registers. Those are weights for each channel and, in
+    the backward, float32, decay over a cluster and a block of all channels, which goes through the normaliser."""
+    whole = work.D * work.size <= SECTOR and vec * work.size > 4
+    wide = work.backward and vec > 1 and (work.size == 4 or whole or (work.decay and cluster > 1))
     return MOST_THREADS // 2 if sets > 1 or wide else MOST_THREADS
 
 
@@ -150,9 +151,9 @@ def _vectors(work: Work) -> Iterator[tuple[int, int]]:
     """(channels of a thread, its weight sets) that alignment and groups allow, widest first."""
     group = work.D // work.G
     for vec in (4, 2):
-        # The backward has twice as many tensors on their way: 8 bytes of each fill a thread's registers, 4 where one
-        # block has all channels and goes through the normaliser itself.
-        widest = 16 if not work.backward else 8 if work.D * work.size > SECTOR else 4
+        # The backward has twice as many tensors on their way: 8 bytes of each fill a thread's registers, but where a
+        # pixel is one sector at most: narrower float32 would be parts of a sector, and blocks have fewer threads there.
+        widest = 8 if work.backward and (work.D * work.size > SECTOR or work.size == 2) else 16
         if vec * work.size > min(work.aligned, widest) or work.D % vec:
             continue
         if group % vec == 0:
