@@ -221,8 +221,9 @@ def _attach(model: nn.Module, family: Family, sites: list[Site], adapter: GSPN2A
         for site in sites:
             attention: Any = model.get_submodule(site.name)
             if site.scope not in records:
-                record = records[site.scope] = GridRecord(site.scope)
-                model.get_submodule(site.scope).register_forward_pre_hook(ScopeHook(record, family), with_kwargs=True)
+                record, scope = GridRecord(site.scope), model.get_submodule(site.scope)
+                records[site.scope] = record
+                scope.register_forward_pre_hook(ScopeHook(record, family, scope), with_kwargs=True)
             record = records[site.scope]
             block = site.name.rpartition(".")[0]
             if block not in hooked_blocks:

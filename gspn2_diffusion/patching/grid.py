@@ -61,11 +61,12 @@ class PatchHook:
 class ScopeHook(PatchHook):
     """On a scope: records the layout of the tokens it is called with."""
 
-    def __init__(self, record: GridRecord, family: Family) -> None:
+    def __init__(self, record: GridRecord, family: Family, module: nn.Module) -> None:
         self.record, self.read_layout, self.guard = record, family.read_layout, family.guard
+        self.names = forward_names(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = arguments_by_name(module, args, kwargs)
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.record.layout = self.read_layout(module, arguments)
         if self.guard is None or not torch.compiler.is_compiling():
             return None
@@ -93,10 +94,14 @@ class BlockHook(PatchHook):
             self.record.layout = getattr(storage, TAG, self.record.layout)
 
 
+def forward_names(module: nn.Module) -> list[str]:
+    """Names of the arguments of a module's call, in order."""
+    return [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+
+
 def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments under their names, however they were passed."""
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(forward_names(module), args, strict=False)), **kwargs}
 
 
 def remove_hooks(model: nn.Module) -> None:

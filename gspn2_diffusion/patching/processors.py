@@ -5,6 +5,7 @@ does not name."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -300,3 +301,8 @@ PROCESSORS: dict[str, type] = {
     "single": GSPN2SingleAttnProcessor,
     "single_fused": GSPN2FusedSingleAttnProcessor,
 }
+
+for _processor in PROCESSORS.values():
+    # diffusers asks for it in every call, and making it takes as long as a launch of the scan.
+    _call: Any = _processor.__call__
+    _call.__signature__ = inspect.signature(_call)
