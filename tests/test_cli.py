@@ -9,10 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from gspn2_diffusion.pipelines.gspn2_upscale import GSPN2UpscalePipeline
 from PIL import Image
 
 from gspn2_diffusion import GSPN2Config, apply_gspn2
 from gspn2_diffusion.cli import main
+from gspn2_diffusion.loading import load_pipeline
 from gspn2_diffusion.png_info import read_png
 
 from . import tiny_models
@@ -65,6 +67,28 @@ def test_compare_shows_both(model, tmp_path):
     assert (both[top : top + rows, 16 + columns : 16 + 2 * columns] == student).all()
 
 
+def test_upscaling_keeps_its_stages_and_goes_on_from_them(model, tmp_path, capsys):
+    options = ["--height", "64", "--width", "48", "--upscale", "--strengths", "0.5", "--guidance-scales", "1"]
+    assert generate("a b", *model, *options, "--seed", "3", "--out", str(tmp_path)) == 0
+    assert "64 x 48" not in (planned := capsys.readouterr().err) and "48 x 64" in planned and "fits" in planned
+    parameters = read_png(tmp_path / "a-b-3.png")
+    assert parameters["guidance_scales"] == [1.0] and parameters["strengths"] == [0.5]
+
+    pipe, _ = load_pipeline(model[1], model[3], device=torch.device("cpu"))
+    large = GSPN2UpscalePipeline.from_pipe(pipe)
+    call = {"num_inference_steps": 2, "guidance_scale": 4.0, "strengths": [0.5], "guidance_scales": [1.0]}
+    expected = large("a b", 64, 48, generator=torch.Generator().manual_seed(3), **call).images[0]
+    assert (pixels(tmp_path / "a-b-3.png") == np.asarray(expected)).all()
+
+    stages = sorted((tmp_path / "a-b-3-stages").glob("*.png"))
+    assert [path.name for path in stages] == ["stage_1_24x32.png", "stage_2_48x64.png"]
+    stages[1].unlink()
+    (tmp_path / "a-b-3.png").unlink()
+    made = stages[0].stat().st_mtime_ns
+    generate("a b", *model, *options, "--seed", "3", "--out", str(tmp_path))
+    assert (pixels(tmp_path / "a-b-3.png") == np.asarray(expected)).all() and stages[0].stat().st_mtime_ns == made
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -79,6 +103,8 @@ def test_compare_shows_both(model, tmp_path):
         (["a", "--device", "cuda"], "CUDA was asked for"),
         (["a", "--device", "toaster"], "is not one that PyTorch knows"),
         (["a", "--adapter", "none", "--compare"], "needs an adapter"),
+        (["a", "--guidance-scales", "1"], "--guidance-scales would have no effect; add --upscale"),
+        (["a", "--upscale", "--height", "64", "--strengths", "2"], "strengths is (2.0,)"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import add_pipeline_arguments, load, whole_number
+from .arguments import add_pipeline_arguments, finite, load, whole_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pipeline_arguments(parser)
     parser.add_argument("--height", type=whole_number(1), required=True, help="in pixels")
     parser.add_argument("--width", type=whole_number(1), required=True, help="in pixels")
+    parser.add_argument("--strengths", type=finite, nargs="+", help="of the larger stages: their noise, 0 to 1")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -19,7 +20,8 @@ def run(args: argparse.Namespace) -> None:
 
     pipe, _ = load(args)
     check_size(pipe, args.height, args.width)
+    strengths = {} if args.strengths is None else {"strengths": args.strengths}
     try:
-        print(plan(pipe, args.height, args.width, num_inference_steps=args.steps))
+        print(plan(pipe, args.height, args.width, num_inference_steps=args.steps, **strengths))
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
