@@ -1,6 +1,6 @@
 """SceneEval of the tiny model through the upscaling pipeline, GSPN-2 against attention: same prompts, same seeds.
 
-    python benchmarks/large_quality.py --sizes 256 512 1024 --limit 300 --workers 8 --minutes 3 --out large_quality
+    python benchmarks/large_quality.py --sizes 128 256 512 1024 --limit 300 --workers 8 --minutes 3 --out large_quality
 
 A picture of the largest size passes through the smaller ones, so one call scores every size. Pictures are drawn in
 batches, each as the upscaling pipeline draws it alone; calls are small and judging is the CPU's, so several processes
@@ -152,8 +152,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25, help="of a full denoising")
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.16, 0.08], help="of the larger stages")
-    parser.add_argument("--guidance_scales", type=float, nargs="+", help="of them; default: --guidance_scale")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.16, 0.08, 0.04], help="of the larger stages")
+    parser.add_argument("--guidance_scales", type=float, nargs="+", default=[1.0], help="of them")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=60, help="no further batch after so many")
