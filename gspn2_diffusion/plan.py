@@ -37,7 +37,7 @@ from .memory import active_switches, available_switches, denoiser, memory_switch
 from .ops import eager
 from .patching import apply_gspn2
 from .patching.fuse import folded_weights
-from .pipelines.gspn2_upscale import PNG_LEVEL, STRENGTHS, VAE_TILING_ABOVE, stage_sizes
+from .pipelines.gspn2_upscale import PNG_LEVEL, STRENGTHS, VAE_TILING_ABOVE, for_stages, stage_sizes
 
 # What the plan assumes; everything else is counted or timed.
 FEED_FORWARD_TOKENS = 65536  # at a time when the feed-forward is chunked: enough to fill a GPU
@@ -207,8 +207,8 @@ def plan(
         return walks[latent]
 
     stages = []
-    for index, (rows, columns) in enumerate(sizes):
-        strength = 1.0 if index == 0 else strengths[min(index - 1, len(strengths) - 1)]
+    stage_strengths = [1.0, *for_stages(strengths, len(sizes) - 1)]
+    for index, ((rows, columns), strength) in enumerate(zip(sizes, stage_strengths, strict=True)):
         latent = (rows // factor, columns // factor)
         # Whole multiples of what the UNet halves, so that the quick run does the same operations.
         unit = 2 ** (len(unet.config.down_block_types) - 1)

@@ -112,14 +112,17 @@ def paint(pipe: Any, parameters: dict[str, Any], **more: Any) -> Any:
 
     `more` goes to the pipeline, such as `callback_on_step_end`.
     """
+    negative = parameters["negative_prompt"]
+    # Some pipelines (Flux.2) know no negative prompt, and others have a default that is not None.
+    given = {} if negative is None else {"negative_prompt": negative}
     return pipe(
         prompt=parameters["prompt"],
-        negative_prompt=parameters["negative_prompt"],
         num_inference_steps=parameters["steps"],
         guidance_scale=parameters["guidance_scale"],
         height=parameters["height"],
         width=parameters["width"],
         generator=torch.Generator("cpu").manual_seed(parameters["seed"]),
+        **given,
         **more,
     ).images[0]
 
@@ -151,19 +154,8 @@ def _in_stages(
     switches.pop("vae_tiling", None)  # the pipeline's own decision, stage by stage
 
     def draw(_: Any, parameters: dict[str, Any], folder: Path) -> Image.Image:
-        negative = parameters["negative_prompt"]
         try:
-            return large(
-                parameters["prompt"],
-                height,
-                width,
-                num_inference_steps=steps,
-                guidance_scale=parameters["guidance_scale"],
-                generator=torch.Generator("cpu").manual_seed(parameters["seed"]),
-                folder=folder,
-                **stages,
-                **({} if negative is None else {"negative_prompt": negative}),
-            ).images[0]
+            return paint(large, parameters, folder=folder, **stages)
         except (ValueError, TypeError, torch.OutOfMemoryError) as error:
             raise UserError(str(error)) from error
 

@@ -758,11 +758,14 @@ def _struct(size: int) -> np.dtype:
     return np.dtype((np.void, size))
 
 
+def _packed(arguments: bytearray) -> np.ndarray:
+    return np.frombuffer(arguments, _struct(len(arguments)))
+
+
 def _execute(launch: Launch) -> None:
     index = torch.cuda.current_device()
     function = _function(launch, index)
-    params = launch.arguments(encode_box)
-    arguments = np.frombuffer(params, _struct(len(params)))
+    arguments = _packed(launch.arguments(encode_box))
     function((launch.grid,), launch.block, (arguments,), launch.shared, _stream(index))
 
 
@@ -792,7 +795,6 @@ class Plan:
         self.function = _function(launch, self.index)
         self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
         self.params = launch.arguments(encode_box)
-        self.struct = _struct(len(self.params))
         # Which words hold the address of which of x, lam, u, logits, the state and y: of scan.cuh's Params the first of
         # each view's six.
         words = [(6 * tensor, tensor) for tensor in range(6)]
@@ -819,8 +821,7 @@ class Plan:
             moved = y if box.tensor == 5 else tensors[box.tensor]
             encoded = encode_box(box._replace(address=moved.data_ptr()))  # type: ignore[union-attr]
             params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
-        arguments = np.frombuffer(params, self.struct)
-        self.function(self.grid, self.block, (arguments,), self.shared, _stream(self.index))
+        self.function(self.grid, self.block, (_packed(params),), self.shared, _stream(self.index))
         return y.sum(3, dtype=y.dtype) if self.merge_sum else y
 
 

@@ -164,10 +164,11 @@ def scan_forward(
     gated = x.to(dtype).unsqueeze(3)
     if lam is not None:
         gated = gated * lam
+    logits = logits.to(dtype)
     states = []
     for block in blocks:
         state = _to_lines(gated, block)
-        w = _weights(_to_lines(logits.to(dtype), block), softmax, segment)
+        w = _weights(_to_lines(logits, block), softmax, segment)
         if decay and lam is not None:
             w = _decayed(w, _to_lines(lam.to(dtype), block))
         _propagate(state, w, transposed=False)
@@ -205,9 +206,10 @@ def scan_backward(
     if u is not None:
         grad_u = _as_given(into_h * h, u)
         into_h = into_h * u
+    accurate = logits.to(dtype)
     states, grads, carried = [], [], []
     for block in blocks:
-        raw = _to_lines(logits.to(dtype), block)
+        raw = _to_lines(accurate, block)
         w = _weights(raw, softmax, segment)
         h_lines = _to_lines(h, block)
         g = _to_lines(into_h, block)

@@ -66,7 +66,7 @@ class ScopeHook(PatchHook):
         self.names = forward_names(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        arguments = arguments_by_name(self.names, args, kwargs)
         self.record.layout = self.read_layout(module, arguments)
         if self.guard is None or not torch.compiler.is_compiling():
             return None
@@ -99,9 +99,9 @@ def forward_names(module: nn.Module) -> list[str]:
     return [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
 
 
-def arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments under their names, however they were passed."""
-    return {**dict(zip(forward_names(module), args, strict=False)), **kwargs}
+def arguments_by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments under their names, `forward_names`, however they were passed."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def remove_hooks(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..loading import check_size, default_size, exact_size
 from ..patching.families import find_model
-from ..patching.grid import arguments_by_name
+from ..patching.grid import arguments_by_name, forward_names
 from .arguments import Part, TrainingArguments, TrainingError
 from .data import Row, Rows, Size, bucket_sizes, fit, fitting_size, open_picture
 
@@ -80,7 +80,7 @@ class Conditioner:
         seen: dict[str, Any] = {}
 
         def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.update(arguments_by_name(module, args, kwargs))
+            seen.update(arguments_by_name(forward_names(module), args, kwargs))
             raise _Stop
 
         hook = self.denoiser.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
