@@ -147,6 +147,7 @@ def test_several_sizes_take_turns_and_resume_to_the_bit(
         "max_train_steps": 8,
         "rollout_share": 0.5,
         "rollout_steps": 5,
+        "rollout_guidance_scale": [4.0, 1.0, 2.0],
         "checkpointing_steps": 5,
         "holdout_samples": 4,
         "distance_steps": [0],
@@ -160,6 +161,7 @@ def test_several_sizes_take_turns_and_resume_to_the_bit(
         if not batch.get("measure"):
             part, noise = batch["part"], int(batch["indices"].max()) / self.objective.steps
             below = noise < options["resolution_strengths"][part]
+            assert self.rollouts[part].guidance_scale == options["rollout_guidance_scale"][part]
             seen.append((part, batch["size"], len(batch["latents"]), below))
         return forward(self, **batch)
 

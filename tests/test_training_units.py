@@ -61,6 +61,15 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--resolution", "64", "0"], "--resolution is [64, 0]; it must be above 0"),
         (["--resolution", "64", "128", "--resolution_shares", "1"], "--resolution_shares has 1 values for 2 of"),
         (["--resolution_strengths", "1.5"], "--resolution_strengths is [1.5]; it must be at most 1"),
+        (
+            ["--rollout_share", "0.5", "--rollout_guidance_scale", "4", "1"],
+            "--rollout_guidance_scale has 2 values for 1 of --resolution; give as many",
+        ),
+        (["--rollout_guidance_scale", "0"], "--rollout_guidance_scale would have no effect: pass --rollout_share"),
+        (
+            ["--rollout_share", "0.5", "--rollout_guidance_scale", "0"],
+            "--rollout_guidance_scale is [0.0]; it must be above 0",
+        ),
         (["--resolution_shares", "0.5"], "--resolution_shares would have no effect: name several --resolution"),
         (
             ["--resolution", "64", "64", "--max_train_samples", "5", "6"],
@@ -218,14 +227,15 @@ def test_turns_keep_to_the_shares_at_every_moment(shares: list[float]) -> None:
 def test_parts_have_the_pixels_of_the_first_and_their_own_options() -> None:
     flags = "--resolution 128 256 64 256 --max_train_samples 9 8 7 8 --resolution_shares 4 2 1 1"
     flags += " --resolution_strengths 1 0.3 0.2 0.1 --train_batch_size 24 --encode_batch_size 2"
+    flags += " --rollout_share 0.5 --rollout_guidance_scale 4 1 1 2"
     args = parse_args(argv=[*NEEDED, *flags.split()])
     assert args.parts() == [
-        Part(128, 9, 4.0, 1.0, 24, 2),
-        Part(256, 8, 2.0, 0.3, 6, 1),
-        Part(64, 7, 1.0, 0.2, 96, 8),
-        Part(256, 8, 1.0, 0.1, 6, 1),
+        Part(128, 9, 4.0, 1.0, 4.0, 24, 2),
+        Part(256, 8, 2.0, 0.3, 1.0, 6, 1),
+        Part(64, 7, 1.0, 0.2, 1.0, 96, 8),
+        Part(256, 8, 1.0, 0.1, 2.0, 6, 1),
     ]
-    assert parse_args(argv=NEEDED).parts() == [Part(None, None, 1.0, 1.0, 16, 16)]
+    assert parse_args(argv=NEEDED).parts() == [Part(None, None, 1.0, 1.0, 5.0, 16, 16)]
 
 
 @pytest.mark.parametrize("scheduler", [tiny_models.scheduler(), FlowMatchEulerDiscreteScheduler()])

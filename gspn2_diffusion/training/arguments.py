@@ -29,6 +29,7 @@ class Part:
         samples: use only the first so many; None for all.
         share: of the steps.
         strength: highest noise level, as in image-to-image: share of the timesteps, from the picture.
+        guidance_scale: of the student's own sampling.
         batch: samples in a forward pass of one process.
         encode_batch: samples encoded at a time.
     """
@@ -37,6 +38,7 @@ class Part:
     samples: int | None
     share: float
     strength: float
+    guidance_scale: float
     batch: int
     encode_batch: int
 
@@ -59,6 +61,9 @@ LAYER_OPTIONS = (
     "min_side",
     "control",
 )
+# Lists of one number for all of --resolution, or one for each.
+SPREAD = ("max_train_samples", "rollout_guidance_scale")
+ROLLOUT_GUIDANCE_SCALE = 5.0
 
 
 def _help(text: str, default: Any = None) -> Any:
@@ -181,7 +186,12 @@ class TrainingArguments:
         "for each training step (each asks for a prediction with its caption and one without).",
         0.0,
     )
-    rollout_guidance_scale: float = _help("Guidance of that sampling; 1 for none.", 5.0)
+    rollout_guidance_scale: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Guidance of that sampling, 1 for none; one number or one for each --resolution. Default: 5."
+        },
+    )
     rollout_steps: int = _help("Denoising steps of that sampling.", 25)
     rollout_stop: float = _help("Share of them, from noise, after which another picture is begun.", 1.0)
 
@@ -223,8 +233,8 @@ class TrainingArguments:
     tracker_project_name: str = _help("Project name in the tracker.", "gspn2")
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "max_train_samples"):
-            if isinstance(value := getattr(self, name), int):
+        for name in ("resolution", "max_train_samples", "rollout_guidance_scale"):
+            if isinstance(value := getattr(self, name), int | float):
                 setattr(self, name, [value])
         if not self.pretrained_model_name_or_path:
             raise ValueError("--pretrained_model_name_or_path is missing; pass a pipeline's folder or hub id.")
@@ -239,8 +249,7 @@ class TrainingArguments:
                      "validation_steps", "logging_steps", "cache_shard_size", "encode_batch_size", "bucket_step",
                      "validation_inference_steps", "lr_num_cycles", "rollout_steps"):  # fmt: skip
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "logit_std", "rollout_stop",
-                     "rollout_guidance_scale"):  # fmt: skip
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "lr_power", "logit_std", "rollout_stop"):
             self._check(name, getattr(self, name) > 0, "above 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -279,13 +288,14 @@ class TrainingArguments:
             ("max_train_samples", None),
             ("resolution_shares", None),
             ("resolution_strengths", 1),
+            ("rollout_guidance_scale", None),
         ):
             values = getattr(self, name)
             if values is None:
                 continue
             self._check(name, bool(values) and all(value > 0 for value in values), "above 0")
             self._check(name, most is None or max(values) <= most, f"at most {most}")
-            if len(values) != count and not (name == "max_train_samples" and len(values) == 1):
+            if len(values) != count and not (name in SPREAD and len(values) == 1):
                 raise ValueError(f"--{name} has {len(values)} values for {count} of --resolution; give as many.")
         first: dict[int | None, Part] = {}
         for part in self.parts():
@@ -356,18 +366,23 @@ class TrainingArguments:
         """The sizes of pictures that steps take turns in, one for each `--resolution`."""
         sides: list[Any] = [None] if self.resolution is None else self.resolution
         samples: list[Any] = [None] if self.max_train_samples is None else self.max_train_samples
+
+        def spread(values: list[Any]) -> list[Any]:
+            return values * len(sides) if len(values) == 1 else values
+
         rows = zip(
             sides,
-            samples * len(sides) if len(samples) == 1 else samples,
+            spread(samples),
             self.resolution_shares or [1.0] * len(sides),
             self.resolution_strengths or [1.0] * len(sides),
+            spread(self.rollout_guidance_scale or [ROLLOUT_GUIDANCE_SCALE]),
             strict=True,
         )
         parts = []
-        for side, most, share, strength in rows:
+        for side, most, share, strength, guidance in rows:
             area = (sides[0] / side) ** 2 if side and sides[0] else 1.0
             batch, encode_batch = (max(1, round(n * area)) for n in (self.train_batch_size, self.encode_batch_size))
-            parts.append(Part(side, most, share, strength, batch, encode_batch))
+            parts.append(Part(side, most, share, strength, guidance, batch, encode_batch))
         return parts
 
     def rollouts(self, part: Part) -> int:

@@ -146,9 +146,9 @@ class _Run:
         self.adapter = self._layers(denoiser)
         self.objective = make_objective(pipe.scheduler, args, data[0].facts["timestep_scale"])
         self.parts = args.parts()
-        how = (args.rollout_guidance_scale, args.rollout_steps, args.rollout_stop)
+        how = (args.rollout_steps, args.rollout_stop)
         rollouts = [
-            Rollout(self.objective, own.empty, args.rollouts(part), *how, part.strength)
+            Rollout(self.objective, own.empty, args.rollouts(part), part.guidance_scale, *how, part.strength)
             for part, own in zip(self.parts, data, strict=True)
             if args.rollout_share
         ]
