@@ -5,6 +5,7 @@ python benchmarks/sanitize.py --boxes
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -36,10 +37,10 @@ BOXED = [
 
 
 def run(inputs: list[torch.Tensor | None], **options: object) -> None:
-    """Forward and backward. What is read comes from the host: initcheck follows copies and our kernels alone and would
-    take what torch's kernels wrote for uninitialised."""
+    """Forward and backward. What is read comes from the host, and gradients are not copied to where they accumulate:
+    initcheck follows copies and our kernels alone and would take what torch's kernels wrote for uninitialised."""
     y = gspn2_scan(*inputs, **options)
-    y.backward(torch.rand(y.shape, dtype=y.dtype).cuda())
+    torch.autograd.grad(y, [t for t in inputs if t is not None], torch.rand(y.shape, dtype=y.dtype).cuda())
     torch.cuda.synchronize()
 
 
@@ -80,10 +81,12 @@ def main() -> None:
         command = [sanitizer, "--tool", tool, "--kernel-name", "kns=gspn2_", "--error-exitcode", "1"]
         if tool == "synccheck":  # each block has four, and the tool follows few of them unless told
             command += ["--num-cuda-barriers", "65536"]
+        environment = dict(os.environ)
         if tool == "racecheck":  # a stage's readers tell the storing warp, and only that one the loading warp
             command += ["--racecheck-indirect-barrier-dependency"]
+            environment["GSPN2_EVERY_LANE"] = "1"  # a lane that arrives for its warp is counted for itself
         command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)
         if done.returncode:
             failed.append(tool)

@@ -6,8 +6,8 @@ The variant from boxes that the table has, those that a rough count of a line pu
 and was wrong by factors), and the general kernel, whose result all are compared with. They are compiled in several
 processes first (CuPy keeps the binaries) and timed in one process, as CUDA graphs over rotated inputs; where that one
 makes no progress it is killed and started again behind the variant, so one that hangs costs only itself, and so does
-one that stops the device. Then the best two of each shape are timed again with every promotion into the second-level
-cache. Prints tables; writes variants.jsonl (all) and best.jsonl (a line for each shape and pass).
+one that stops the device. Then the best two of each shape are timed again with their choices at run time (`refined`).
+Prints tables; writes variants.jsonl (all) and best.jsonl (a line for each shape and pass).
 """
 
 import argparse
@@ -55,7 +55,7 @@ def counted_cycles(work: cuda.Work, v: cuda.Variant, device: cuda.Device = H100)
     scanning = 30 + v.places * (10 + v.vec * (12 + 10 * work.backward))
     wavefronts = v.lanes * (v.places * 4 * (tensors + 1) + 2 * v.vec * (1 + work.backward)) + v.span
     issued = (v.lanes * scanning + v.span * 2) / 4
-    line = max(rows, 1.3 * wavefronts, 1.5 * issued, 60 + 1.8 * scanning)
+    line = max(rows, 1.3 * wavefronts, 1.5 * issued, 60 + 1.8 * scanning) + 200 / v.ahead
     line += EXCHANGE_CYCLES / v.halo if v.cluster > 1 else 0
     # A cluster stays within a group of processors, 16 or 18 of them.
     at_once = device.processors // 16 * (16 // v.cluster) * v.cluster if v.cluster > 1 else device.processors
@@ -63,21 +63,37 @@ def counted_cycles(work: cuda.Work, v: cuda.Variant, device: cuda.Device = H100)
 
 
 def bulks(work: cuda.Work, most: int) -> list[cuda.Variant]:
-    """The table's, then of each cluster size, width and channels of a lane the two that are best by count."""
-    found: dict[tuple[int, int, int], list[tuple[float, cuda.Variant]]] = {}
+    """The table's, then of each cluster size, width and channels of a lane those that are best by count, in turn."""
+    found: dict[tuple[int, int, int], dict[cuda.Variant, float]] = {}
     widths = [w for w in (8, 16, 24, 32, 40, 48, 64, 80) if w <= work.D + 8]
     clusters = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)
     for cluster, width, channels in itertools.product(clusters, widths, (8, 4)):
-        same = []
-        for batch, halo in itertools.product((8, 4, 2), (8, 4) if cluster > 1 else (8,)):
-            v = cuda.make_bulk(work, width, cluster, batch, channels, halo, promotion=2 if width == 8 else 0)
-            halos = v is not None and cluster > 1 and v.span * cluster > 1.8 * work.line
-            if v is not None and not halos and v.grid >= 40 and (v.stages > 2 or batch == 2):
-                same.append((counted_cycles(work, v), v))
-        found[cluster, width, channels] = sorted(same, key=lambda pair: pair[0])[:2]
+        for batch, halo, blocks in itertools.product((8, 4, 2), (8, 4) if cluster > 1 else (8,), (1, 2)):
+            shared = (228 << 10) // blocks - (1 << 10)
+            promotion = 2 if width == 8 else 0
+            v = cuda.make_bulk(work, width, cluster, batch, channels, halo, shared, promotion=promotion)
+            halos = v is not None and cluster > 1 and v.span * cluster > 2 * work.line
+            if v is None or halos or v.grid < 40 or (v.stages < 3 and batch > 2):
+                continue
+            if blocks == 1 or v.grid > H100.processors:
+                found.setdefault((cluster, width, channels), {})[v] = counted_cycles(work, v)
+    ranked = [
+        (rank, cost, v)
+        for same in found.values()
+        for rank, (v, cost) in enumerate(sorted(same.items(), key=lambda pair: pair[1])[:4])
+    ]
     chosen = cuda.choose(work, H100)
-    others = sorted(itertools.chain(*found.values()), key=lambda pair: pair[0])
-    return [chosen] * (chosen.places > 0) + [v for _, v in others][:most]
+    return [chosen] * (chosen.places > 0) + [v for _, _, v in sorted(ranked)[:most]]
+
+
+def refined(v: cuda.Variant, backward: bool) -> list[cuda.Variant]:
+    """The same with other choices at run time: promotion into the second-level cache, storing and normalising warps."""
+    others = [v._replace(promotion=promotion) for promotion in range(4)]
+    for storers, normalizers in itertools.product((1, 2, 4) if backward else (1,), (1, 2, 4, 8)):
+        threads = 32 * (1 + storers + normalizers + v.lanes)
+        if threads <= 1024:
+            others.append(v._replace(storers=storers, normalizers=normalizers, block=(threads, 1)))
+    return [other for other in others if other != v]
 
 
 def general(work: cuda.Work) -> cuda.Variant:
@@ -183,14 +199,14 @@ def time_group(jobs: list[tuple[int, Job]], first: int, out: Path) -> None:
             attempt(v, row, number >= first)
             if v.places and row.get("error", 1) <= WRONG and "us" in row:
                 times.append((row["us"], v))
-    for (_, v), promotion in itertools.product(sorted(times)[:2], range(4)):
-        if promotion != v.promotion:
-            other = v._replace(promotion=promotion)
+    for _, v in sorted(times)[:2]:
+        for other in refined(v, backward):
             attempt(other, dict(shape=name, backward=backward, variant=list(other)), True)
 
 
 def shown(v: cuda.Variant) -> str:
-    names = ("vec", "lanes", "cluster", "ahead") + (("halo", "span", "stages", "promotion") if v.places else ("turns",))
+    of_boxes = ("halo", "span", "stages", "promotion", "storers", "normalizers")
+    names = ("vec", "lanes", "cluster", "ahead", *(of_boxes if v.places else ("turns",)))
     return " ".join(f"{name}{getattr(v, name)}" for name in names) + f" grid{v.grid} threads{v.block[0] * v.block[1]}"
 
 

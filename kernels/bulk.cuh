@@ -17,18 +17,16 @@
 
 #include "scan.cuh"
 
-enum { MAP_X, MAP_LAM, MAP_U, MAP_LOGITS, MAP_STATE, MAP_Y, FORWARD_MAPS, MAP_GRAD_X = FORWARD_MAPS, MAP_GRAD_LAM, MAP_GRAD_U, BACKWARD_MAPS };
+enum { MAP_X, MAP_LAM, MAP_U, MAP_LOGITS, MAP_STATE, MAP_Y, MAPS };
 
-template <int MAPS>
-struct Boxed {
+struct BulkParams {
     TensorMap maps[2][MAPS];  // for scans along rows and along columns: (channel, position, line, direction, batch)
     Params scan;
     int span, stages;         // positions of a box; stages of the ring
+    int storers;              // warps that store (backward)
 };
-using BulkParams = Boxed<FORWARD_MAPS>;
-using BulkBackwardParams = Boxed<BACKWARD_MAPS>;
 
-[[maybe_unused]] constexpr int BULK_SERVANTS = 2;  // warps before the normalising ones: the loading and the storing thread's
+[[maybe_unused]] constexpr int BULK_SERVANTS = 2;  // warps of the forward before the normalising ones: the loading and the storing thread's
 [[maybe_unused]] constexpr int MOST_STAGES = 8;
 
 // A box begins at whole 16 bytes of its tensor, or the engine stops the kernel with an illegal instruction. Three logits begin
@@ -102,6 +100,18 @@ struct Ring {
         return reinterpret_cast<float*>(taps(index) + BATCH * span * SLOT + row * W::LINE + place);
     }
 };
+
+// A warp meets and arrives at a signal, one lane for all. A race checker counts an arrival for the lane that makes it: for it each
+// lane arrives (GSPN2_EVERY_LANE), which is slower.
+#if defined(GSPN2_EVERY_LANE)
+[[maybe_unused]] constexpr int WARP_ARRIVALS = 32;
+#else
+[[maybe_unused]] constexpr int WARP_ARRIVALS = 1;
+#endif
+GSPN2_DEVICE void warp_arrives(Signal* signal) {
+    warp_barrier();
+    if (threadIdx.x % 32 < WARP_ARRIVALS) signal_arrive(signal);
+}
 
 // The stage that comes next, and how often the ring has been around, as a parity.
 struct Turn {
@@ -193,27 +203,27 @@ GSPN2_DEVICE void read_logits(float (&logit)[3], const unsigned char* taps, int 
     }
 }
 
-template <typename L, int BATCH, typename R>
+// Warps share out a batch's lines and positions, 32 of a line at a time.
+template <typename L, int PLACES, int BATCH, typename R>
 GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int thread, int threads) {
     const int batches = (at.last - at.first + BATCH - 1) / BATCH;
     const int first = 3 * weight_set(at, bulk.scan, R::SLICE), skipped = first - box_logit<L>(first);
     Turn turn{0, 0};
     for (int batch = 0; batch < batches; ++batch, turn.next(bulk.stages)) {
         const int stage = turn.stage;
+        // Implied by the next line, through the warps that store and load; told so that a race checker sees it.
+        if (batch >= bulk.stages) signal_wait(R::done(stage), turn.parity ^ 1);
         signal_wait(R::full(stage), turn.parity);
-        for (int position = thread; position < ring.span; position += threads) {
-            const int j = at.start + position - reach.low;
-#pragma unroll
-            for (int s = 0; s < BATCH; ++s) {
-                float logit[3], weight[3];
-                read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
-                normalize(weight, logit, j > 0, j < at.length - 1, bulk.scan.softmax);
-                const float four[4] = {weight[0], weight[1], weight[2], 0.f};
-                store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
-            }
+        for (int unit = thread / 32; unit < PLACES * BATCH; unit += threads / 32) {
+            const int s = unit / PLACES, position = unit % PLACES * 32 + thread % 32, j = at.start + position - reach.low;
+            if (position >= ring.span) continue;
+            float logit[3], weight[3];
+            read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
+            normalize(weight, logit, j > 0, j < at.length - 1, bulk.scan.softmax);
+            const float four[4] = {weight[0], weight[1], weight[2], 0.f};
+            store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
         }
-        warp_barrier();
-        if (thread % 32 == 0) signal_arrive(R::ready(stage));
+        warp_arrives(R::ready(stage));
     }
 }
 
@@ -356,8 +366,11 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
 #pragma unroll
                 for (int e = 0; e < CHANNELS; ++e) {
                     const float before = h[k][e], high = k + 1 < PLACES ? h[k + 1 < PLACES ? k + 1 : 0][e] : higher[e];
-                    const float sum = weight[1] * before + weight[0] * lower[e] + weight[2] * high;
-                    h[k][e] = DECAY ? value[e] + keep[e] * sum : value[e] + sum;
+                    if constexpr (DECAY) {
+                        h[k][e] = value[e] + keep[e] * (weight[1] * before + weight[0] * lower[e] + weight[2] * high);
+                    } else {
+                        h[k][e] = weight[2] * high + (weight[0] * lower[e] + (weight[1] * before + value[e]));
+                    }
                     lower[e] = before;
                 }
                 if constexpr (R::STATE) state[k].pack(h[k]);
@@ -384,8 +397,7 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
             if constexpr (EARLY) line = next;
         }
         engine_fence();
-        warp_barrier();
-        if (lane == 0) signal_arrive(R::done(stage));
+        warp_arrives(R::done(stage));
     }
 }
 
@@ -409,8 +421,8 @@ GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
     }
     if (threadIdx.x >= 32 && threadIdx.x < 32 + bulk.stages) {
         const int stage = threadIdx.x - 32;
-        signal_init(R::ready(stage), normalizers);
-        signal_init(R::done(stage), R::WARPS);
+        signal_init(R::ready(stage), normalizers * WARP_ARRIVALS);
+        signal_init(R::done(stage), R::WARPS * WARP_ARRIVALS);
         signal_init(R::empty(stage));
     }
     if constexpr (CLUSTER > 1) {
@@ -426,7 +438,7 @@ GSPN2_DEVICE void scan_bulk(const BulkParams& bulk) {
     } else if (warp == 1) {
         if (threadIdx.x == 32) store_boxes<WIDTH, BATCH>(bulk, at, reach, ring);
     } else if (warp < BULK_SERVANTS + normalizers) {
-        normalize_boxes<L, BATCH>(bulk, at, reach, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
+        normalize_boxes<L, PLACES, BATCH>(bulk, at, reach, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
     } else {
         scan_boxes<T, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, ring, warp - BULK_SERVANTS - normalizers);
     }

@@ -1,6 +1,7 @@
 // The backward scan from boxes, the way bulk.cuh does the forward: g = u dy + (three transposed taps of the line after).
 //
-// The gradients of x, lam and u take the places of x, lam and u in their stage, from where the engine stores them. Each scanning
+// The gradients of x, lam and u take the places of x, lam and u in their stage, from where the storing warps take them; the engine
+// brings the logits, too. Each scanning
 // warp leaves its channels' sum of g h for each tap where dy and h were; the normalising warps, which made the weights, add these up,
 // warp by warp, and go through the normaliser. One set of weights for all channels of a slice; weights for each channel take the
 // backward of backward.cuh.
@@ -12,7 +13,7 @@ template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, 
 struct BackwardRing {
     static_assert(CHANNELS * sizeof(T) >= 8 && CHANNELS * sizeof(T) <= 16, "two sums fit where dy was, and a lane's channels stay together");
     using W = Weights<PLACES>;
-    static constexpr int WARPS = WIDTH / CHANNELS;
+    static constexpr int SLICE = WIDTH, WARPS = WIDTH / CHANNELS;
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, PARTIAL = HAS & HAS_PARTIAL;
     // x is there for its gradient's sake, even where nothing needs it.
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, DY_TILE = U_TILE + U, H_TILE = DY_TILE + 1;
@@ -63,7 +64,7 @@ struct Rows {
 };
 
 template <typename L, int WIDTH, int BATCH, typename R>
-GSPN2_DEVICE void load_backward_boxes(const BulkBackwardParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int batch, int end) {
+GSPN2_DEVICE void load_backward_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int batch, int end) {
     const Params& p = bulk.scan;
     const TensorMap* const maps = bulk.maps[at.horizontal ? 0 : 1];
     const int channel = at.slice * WIDTH, position = at.start - reach.low;
@@ -84,34 +85,48 @@ GSPN2_DEVICE void load_backward_boxes(const BulkBackwardParams& bulk, const Plac
     }
 }
 
-template <int WIDTH, int BATCH, typename R>
-GSPN2_DEVICE void store_backward_boxes(const BulkBackwardParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring) {
-    const TensorMap* const maps = bulk.maps[at.horizontal ? 0 : 1];
-    const int lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH, channel = at.slice * WIDTH;
+// A tile of each stage and where its lines go.
+template <typename T>
+struct Stored {
+    int tile;
+    Walk<T> to;
+};
+
+// 16 bytes a thread, those of a position next to each other. `row_of`: the row in a box of a batch's lines, in the order in which
+// they are scanned.
+template <typename T, int BATCH, typename R, typename F, int COUNT>
+GSPN2_DEVICE void store_lines(const Place& at, const Reach& reach, const R& ring, int stages, int channels, const F& row_of, Stored<T> (&stored)[COUNT], int thread, int threads) {
+    constexpr int CHUNK = 16 / sizeof(T), CHUNKS = R::SLICE / CHUNK;
+    const int lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH, left = channels - at.slice * R::SLICE;
     Turn turn{0, 0};
-    int before = 0;
-    for (int batch = 0; batch < batches; ++batch, turn.next(bulk.stages)) {
+    for (int batch = 0; batch < batches; ++batch, turn.next(stages)) {
         const int stage = turn.stage, count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
         signal_wait(R::done(stage), turn.parity);
-        for (int s = 0; s < count; ++s) {
-            const int line = rows.line(batch * BATCH + s), offset = (rows.row(s, BATCH) * ring.span + reach.low) * WIDTH;
-            store_box(maps[MAP_GRAD_X], channel, at.start, line, at.index, at.batch, ring.box(stage, 0) + offset);
-            if constexpr (R::LAM) store_box(maps[MAP_GRAD_LAM], channel, at.start, line, at.index, at.batch, ring.box(stage, R::LAM_TILE) + offset);
-            if constexpr (R::U) store_box(maps[MAP_GRAD_U], channel, at.start, line, at.index, at.batch, ring.box(stage, R::U_TILE) + offset);
+        for (int item = thread; item < at.owned * CHUNKS; item += threads) {
+            const int j = item / CHUNKS, channel = item % CHUNKS * CHUNK, size = sizeof(T);
+            if (channel >= left) continue;
+            const int place = swizzled<R::ROW>((j + reach.low) * R::ROW + channel * size) / size;
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                Packed<T, CHUNK> packed[BATCH];
+#pragma unroll
+                for (int s = 0; s < BATCH; ++s) packed[s].load(ring.line(stage, stored[i].tile, row_of(s)) + place);
+#pragma unroll
+                for (int s = 0; s < BATCH; ++s) {
+                    const Walk<T>& to = stored[i].to;
+                    if (s < count) packed[s].store(to.at(j) + static_cast<long long>(s) * to.next_line + channel);
+                }
+            }
         }
-        end_group();
-        if (batch > 0) {
-            groups_read<1>();
-            signal_arrive(R::empty(before));
-        }
-        before = stage;
+        warp_arrives(R::empty(stage));
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) stored[i].to.line += static_cast<long long>(BATCH) * stored[i].to.next_line;
     }
-    groups_read<0>();
 }
 
-// Weights of a batch and, behind its scan, the logits' gradients.
-template <typename L, int WIDTH, int BATCH, typename R>
-GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int thread, int threads) {
+// Weights of a batch and, behind its scan, the logits' gradients; shared out as in the forward.
+template <typename L, int WIDTH, int PLACES, int BATCH, typename R>
+GSPN2_DEVICE void normalize_backward(const BulkParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int thread, int threads) {
     const Params& p = bulk.scan;
     const int lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH;
     const int group = at.slice * WIDTH / (p.channels / p.groups);
@@ -119,25 +134,22 @@ GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place
     const auto weigh = [&](const Turn& turn) {
         const int stage = turn.stage;
         signal_wait(R::full(stage), turn.parity);
-        for (int position = thread; position < ring.span; position += threads) {
-            const int j = at.start + position - reach.low;
-#pragma unroll
-            for (int s = 0; s < BATCH; ++s) {
-                float logit[3], weight[3];
-                read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
-                normalize(weight, logit, j > 0, j < at.length - 1, p.softmax);
-                // A sigmoid is its weight times the sum of the sigmoids, which the largest tells; softmax's slope is as if
-                // that were 0.
-                float top = logit[1], heaviest = weight[1];
-                if (weight[0] > heaviest) top = logit[0], heaviest = weight[0];
-                if (weight[2] > heaviest) top = logit[2], heaviest = weight[2];
-                const float sigmoid = fast_divide(1.f, 1.f + fast_exp(-top < 40.f ? -top : 40.f));
-                const float four[4] = {weight[0], weight[1], weight[2], p.softmax ? 0.f : fast_divide(sigmoid, heaviest)};
-                store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
-            }
+        for (int unit = thread / 32; unit < PLACES * BATCH; unit += threads / 32) {
+            const int s = unit / PLACES, position = unit % PLACES * 32 + thread % 32, j = at.start + position - reach.low;
+            if (position >= ring.span) continue;
+            float logit[3], weight[3];
+            read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
+            normalize(weight, logit, j > 0, j < at.length - 1, p.softmax);
+            // A sigmoid is its weight times the sum of the sigmoids, which the largest tells; softmax's slope is as if
+            // that were 0.
+            float top = logit[1], heaviest = weight[1];
+            if (weight[0] > heaviest) top = logit[0], heaviest = weight[0];
+            if (weight[2] > heaviest) top = logit[2], heaviest = weight[2];
+            const float sigmoid = fast_divide(1.f, 1.f + fast_exp(-top < 40.f ? -top : 40.f));
+            const float four[4] = {weight[0], weight[1], weight[2], p.softmax ? 0.f : fast_divide(sigmoid, heaviest)};
+            store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
         }
-        warp_barrier();
-        if (thread % 32 == 0) signal_arrive(R::ready(stage));
+        warp_arrives(R::ready(stage));
     };
     Turn weighed{0, 0}, turn{0, 0};
     weigh(weighed);
@@ -146,46 +158,44 @@ GSPN2_DEVICE void normalize_backward(const BulkBackwardParams& bulk, const Place
         if (batch + 1 < batches) weigh(weighed);
         const int stage = turn.stage, count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
         signal_wait(R::done(stage), turn.parity);
-        for (int j = thread; j < at.owned; j += threads) {
-            const int position = j + reach.low;
-            for (int s = 0; s < count; ++s) {
-                const int row = rows.row(s, BATCH), line = rows.line(batch * BATCH + s);
-                const auto left = [&](int which, int line_of_box, int warp) {
-                    return reinterpret_cast<const float*>(ring.line(stage, which, line_of_box) + R::place(position, warp));
-                };
-                float sum[3] = {};
+        for (int unit = thread / 32; unit < PLACES * count; unit += threads / 32) {
+            const int s = unit / PLACES, position = unit % PLACES * 32 + thread % 32, j = position - reach.low;
+            if (!reach.owns(position)) continue;
+            const int row = rows.row(s, BATCH), line = rows.line(batch * BATCH + s);
+            const auto left = [&](int which, int line_of_box, int warp) {
+                return reinterpret_cast<const float*>(ring.line(stage, which, line_of_box) + R::place(position, warp));
+            };
+            float sum[3] = {};
 #pragma unroll
-                for (int warp = 0; warp < R::WARPS; ++warp) {
-                    float pair[2];
-                    load_vector<float, 2>(pair, left(R::DY_TILE, row, warp));
-                    sum[0] += pair[0], sum[1] += pair[1], sum[2] += *left(R::H_TILE, rows.h_row(s, BATCH), warp);
-                }
-                const auto offset = [&](const View& view) {
-                    return at.batch * view.batch + line * (at.horizontal ? view.column : view.row) +
-                           (at.start + j) * (at.horizontal ? view.row : view.column) + at.index * view.direction + group * view.group;
-                };
-                if constexpr (R::PARTIAL) {
-                    float* const to = global_memory(static_cast<float*>(p.partial.data)) + offset(p.partial) + at.slice % p.parts * p.part_stride;
+            for (int warp = 0; warp < R::WARPS; ++warp) {
+                float pair[2];
+                load_vector<float, 2>(pair, left(R::DY_TILE, row, warp));
+                sum[0] += pair[0], sum[1] += pair[1], sum[2] += *left(R::H_TILE, rows.h_row(s, BATCH), warp);
+            }
+            const auto offset = [&](const View& view) {
+                return at.batch * view.batch + line * (at.horizontal ? view.column : view.row) +
+                       (at.start + j) * (at.horizontal ? view.row : view.column) + at.index * view.direction + group * view.group;
+            };
+            if constexpr (R::PARTIAL) {
+                float* const to = global_memory(static_cast<float*>(p.partial.data)) + offset(p.partial) + at.slice % p.parts * p.part_stride;
 #pragma unroll
-                    for (int t = 0; t < 3; ++t) to[t] = sum[t];
-                } else {
-                    float four[4];
-                    load_vector<float, 4>(four, ring.weights(stage, row, R::W::at(position)));
-                    const float mean = four[0] * sum[0] + four[1] * sum[1] + four[2] * sum[2];
-                    L* const to = global_memory(static_cast<L*>(p.grad_logits.data)) + offset(p.grad_logits);
+                for (int t = 0; t < 3; ++t) to[t] = sum[t];
+            } else {
+                float four[4];
+                load_vector<float, 4>(four, ring.weights(stage, row, R::W::at(position)));
+                const float mean = four[0] * sum[0] + four[1] * sum[1] + four[2] * sum[2];
+                L* const to = global_memory(static_cast<L*>(p.grad_logits.data)) + offset(p.grad_logits);
 #pragma unroll
-                    for (int t = 0; t < 3; ++t) to[t] = from_float<L>(four[t] * (1.f - four[t] * four[3]) * (sum[t] - mean));
-                }
+                for (int t = 0; t < 3; ++t) to[t] = from_float<L>(four[t] * (1.f - four[t] * four[3]) * (sum[t] - mean));
             }
         }
         engine_fence();
-        warp_barrier();
-        if (thread % 32 == 0) signal_arrive(R::empty(stage));
+        warp_arrives(R::empty(stage));
     }
 }
 
 template <typename T, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, bool DECAY, typename R>
-GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int warp) {
+GSPN2_DEVICE void scan_backward_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, int warp) {
     constexpr int OFTEN = HALO < BATCH ? HALO : BATCH;
     const int lane = threadIdx.x % 32, lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH;
     int place[PLACES];
@@ -200,6 +210,8 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Plac
     Turn turn{0, 0};
     for (int batch = 0; batch < batches; ++batch, turn.next(bulk.stages)) {
         const int stage = turn.stage, count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
+        // Implied by the next line; told so that a race checker sees it.
+        if (batch >= bulk.stages) signal_wait(R::empty(stage), turn.parity ^ 1);
         signal_wait(R::full(stage), turn.parity);
         signal_wait(R::ready(stage), turn.parity);
         if (R::U && batch == 0) {
@@ -307,20 +319,19 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkBackwardParams& bulk, const Plac
             }
         }
         engine_fence();
-        warp_barrier();
-        if (lane == 0) signal_arrive(R::done(stage));
+        warp_arrives(R::done(stage));
     }
 }
 
 template <typename T, typename L, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, int CLUSTER, int HAS, bool DECAY>
-GSPN2_DEVICE void scan_bulk_backward(const BulkBackwardParams& bulk) {
+GSPN2_DEVICE void scan_bulk_backward(const BulkParams& bulk) {
     static_assert(WIDTH % CHANNELS == 0, "the scanning warps share out a slice");
     static_assert(BATCH % HALO == 0 || HALO % BATCH == 0, "known when a batch is unrolled");
     using R = BackwardRing<T, WIDTH, CHANNELS, PLACES, BATCH, HALO, CLUSTER, HAS>;
     const Place at = find_place<CLUSTER, HALO>(bulk.scan);
     if (at.first >= at.last) return;
     const R ring(bulk.span);
-    const int warp = warp_index(), normalizers = blockDim.x / 32 - BULK_SERVANTS - R::WARPS;
+    const int warp = warp_index(), normalizers = blockDim.x / 32 - 1 - bulk.storers - R::WARPS;
     const int rest = at.length - at.start - at.owned, all = at.horizontal ? bulk.scan.width : bulk.scan.height;
     const Reach reach{CLUSTER > 1 ? HALO : 0, at.owned, at.rank > 0 ? HALO : 0, rest < HALO ? rest : HALO};
     const Rows rows{at.backwards, at.backwards ? all - at.last : at.last - 1};
@@ -332,9 +343,9 @@ GSPN2_DEVICE void scan_bulk_backward(const BulkBackwardParams& bulk) {
     }
     if (threadIdx.x >= 32 && threadIdx.x < 32 + bulk.stages) {
         const int stage = threadIdx.x - 32;
-        signal_init(R::ready(stage), normalizers);
-        signal_init(R::done(stage), R::WARPS);
-        signal_init(R::empty(stage), 1 + normalizers);
+        signal_init(R::ready(stage), normalizers * WARP_ARRIVALS);
+        signal_init(R::done(stage), R::WARPS * WARP_ARRIVALS);
+        signal_init(R::empty(stage), (bulk.storers + normalizers) * WARP_ARRIVALS);
     }
     if constexpr (CLUSTER > 1) {
         for (int i = threadIdx.x - 32; i >= 0 && i < 4 * R::WARPS; i += blockDim.x - 32) signal_init(R::signal(0, 0, 0) + i);
@@ -346,11 +357,17 @@ GSPN2_DEVICE void scan_bulk_backward(const BulkBackwardParams& bulk) {
     if (!at.owned) return;
     if (warp == 0) {
         if (threadIdx.x == 0) load_backward_boxes<L, WIDTH, BATCH>(bulk, at, reach, rows, ring, ahead, batches);
-    } else if (warp == 1) {
-        if (threadIdx.x == 32) store_backward_boxes<WIDTH, BATCH>(bulk, at, reach, rows, ring);
-    } else if (warp < BULK_SERVANTS + normalizers) {
-        normalize_backward<L, WIDTH, BATCH>(bulk, at, reach, rows, ring, threadIdx.x - 32 * BULK_SERVANTS, 32 * normalizers);
+    } else if (warp < 1 + bulk.storers) {
+        const auto to = [&](const View& view) { return walk<T>(view, at, bulk.scan, at.last - 1, -1, 0, at.slice * WIDTH); };
+        const auto row_of = [&](int s) { return rows.row(s, BATCH); };
+        Stored<T> stored[1 + R::LAM + R::U];
+        stored[0] = {0, to(bulk.scan.grad_x)};
+        if constexpr (R::LAM) stored[R::LAM_TILE] = {R::LAM_TILE, to(bulk.scan.grad_lam)};
+        if constexpr (R::U) stored[R::U_TILE] = {R::U_TILE, to(bulk.scan.grad_u)};
+        store_lines<T, BATCH>(at, reach, ring, bulk.stages, bulk.scan.channels, row_of, stored, threadIdx.x - 32, 32 * bulk.storers);
+    } else if (warp < 1 + bulk.storers + normalizers) {
+        normalize_backward<L, WIDTH, PLACES, BATCH>(bulk, at, reach, rows, ring, threadIdx.x - 32 * (1 + bulk.storers), 32 * normalizers);
     } else {
-        scan_backward_boxes<T, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, rows, ring, warp - BULK_SERVANTS - normalizers);
+        scan_backward_boxes<T, CHANNELS, PLACES, BATCH, HALO, CLUSTER, DECAY>(bulk, at, reach, rows, ring, warp - 1 - bulk.storers - normalizers);
     }
 }

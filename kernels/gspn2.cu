@@ -26,7 +26,7 @@ GSPN2_KERNEL gspn2_bulk(const __grid_constant__ BulkParams p) {
     scan_bulk<GSPN2_BOX_CHOICES>(p);
 }
 #elif defined(GSPN2_BULK_BACKWARD)
-GSPN2_KERNEL gspn2_bulk_backward(const __grid_constant__ BulkBackwardParams p) {
+GSPN2_KERNEL gspn2_bulk_backward(const __grid_constant__ BulkParams p) {
     scan_bulk_backward<GSPN2_BOX_CHOICES>(p);
 }
 #elif defined(GSPN2_BACKWARD)

@@ -70,7 +70,7 @@ def in_boxes(inputs: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | Non
 
 
 def run(
-    case: Case, dtype: torch.dtype, device: Device, seed: int = 0, boxed: bool = False
+    case: Case, dtype: torch.dtype, device: Device, seed: int = 0, boxed: bool = False, defines: tuple[str, ...] = ()
 ) -> tuple[dict, dict, list[Launch]]:
     """Results of the emulated kernels and of torch in float64, by name, and the launches."""
     inputs = [t if t is None else t.detach() for t in make_inputs(case, dtype)]
@@ -80,7 +80,7 @@ def run(
 
     def emulate(launch: Launch) -> None:
         launches.append(launch)
-        execute(launch, seed)
+        execute(launch._replace(defines=(*launch.defines, *defines)), seed)
 
     torch.use_deterministic_algorithms(True)  # fills the outputs' memory with NaN
     try:
@@ -129,7 +129,7 @@ def test_same_bits_in_any_order_of_threads():
 
 @needs_compiler
 def test_boxes_give_the_same_bits_in_any_order_of_threads():
-    case = Case(1, 5, 200, 64, merge="sum", gates="shared")
+    case = Case(1, 3, 200, 96, merge="sum", gates="shared")
     first, _, launches = run(case, torch.bfloat16, DEVICES["h100"], seed=1, boxed=True)
     again, _, _ = run(case, torch.bfloat16, DEVICES["h100"], seed=2, boxed=True)
     assert [bool(launch.boxes) for launch in launches] == [True, True, False], "and the sums over blocks"
@@ -152,6 +152,17 @@ FORCED = [
 def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
     monkeypatch.setattr(cuda, "choose", lambda work, _device: cuda.make_variant(work, **choices))
     got, expected, _ = run(case, dtype, DEVICES["h100"])
+    for name, value in got.items():
+        assert_close(name, value, expected[name])
+
+
+@needs_compiler
+def test_boxes_in_which_every_lane_arrives():
+    """What compute-sanitizer's racecheck is given."""
+
+    case, defines = Case(1, 70, 40, 16), ("-DGSPN2_EVERY_LANE",)
+    got, expected, launches = run(case, torch.bfloat16, DEVICES["h100"], boxed=True, defines=defines)
+    assert all(launch.boxes for launch in launches[:2])
     for name, value in got.items():
         assert_close(name, value, expected[name])
 
@@ -379,26 +390,26 @@ def test_table_on_an_h100(name, kind, vec, lanes, cluster, blocks):
     assert (variant.vec, variant.lanes, variant.cluster, variant.grid) == (vec, lanes, cluster, blocks)
 
 
-# vec, lanes, cluster, ahead, halo, span, stages, promotion, grid, threads; None: the other kernel was as fast.
+# vec, lanes, cluster, ahead, halo, span, stages, promotion, storers, normalizers, grid; None: the other was as fast.
 BEST_BOXES = {
     ("first-gspn", "forward"): None,
     ("first-gspn", "backward"): None,
-    ("sdxl-1024-640", "forward"): (4, 2, 1, 4, 8, 64, 8, 2, 80, 192),
-    ("sdxl-1024-640", "backward"): (8, 4, 3, 4, 4, 32, 4, 1, 72, 224),
-    ("sdxl-1024-1280", "forward"): (8, 2, 1, 4, 8, 32, 8, 2, 80, 160),
+    ("sdxl-1024-640", "forward"): (4, 4, 1, 4, 8, 64, 6, 2, 1, 4, 40),
+    ("sdxl-1024-640", "backward"): (8, 4, 3, 2, 4, 32, 8, 0, 2, 2, 72),
+    ("sdxl-1024-1280", "forward"): (4, 4, 1, 8, 8, 32, 5, 0, 1, 4, 80),
     ("sdxl-1024-1280", "backward"): None,
-    ("sdxl-4k-640", "forward"): (8, 6, 4, 2, 4, 72, 4, 0, 64, 352),
-    ("sdxl-4k-640", "backward"): (8, 6, 5, 2, 4, 64, 3, 1, 80, 320),
-    ("sdxl-4k-1280", "forward"): (8, 10, 6, 4, 4, 32, 3, 1, 96, 416),
-    ("sdxl-4k-1280", "backward"): (8, 10, 6, 2, 4, 32, 3, 1, 96, 416),
-    ("sdxl-8k-640", "forward"): (8, 6, 8, 2, 4, 72, 4, 0, 64, 352),
-    ("sdxl-8k-1280", "forward"): (8, 4, 4, 2, 8, 80, 5, 0, 80, 288),
-    ("sdxl-16k-640", "forward"): (8, 6, 16, 2, 4, 72, 4, 0, 128, 352),
-    ("sdxl-16k-1280", "forward"): (4, 8, 5, 2, 8, 120, 3, 0, 100, 448),
-    ("sd15-8k-320", "forward"): (8, 5, 16, 2, 8, 80, 4, 0, 64, 320),
-    ("sd15-8k-320", "backward"): (4, 6, 16, 2, 8, 80, 4, 0, 128, 352),
-    ("batch-16", "forward"): (4, 2, 16, 8, 8, 80, 3, 2, 1024, 224),
-    ("batch-16", "backward"): (4, 2, 16, 4, 8, 80, 5, 2, 1024, 224),
+    ("sdxl-4k-640", "forward"): (8, 6, 4, 2, 4, 72, 4, 0, 1, 4, 64),
+    ("sdxl-4k-640", "backward"): (8, 10, 16, 2, 4, 24, 5, 0, 2, 2, 128),
+    ("sdxl-4k-1280", "forward"): (8, 10, 6, 4, 4, 32, 3, 1, 1, 4, 96),
+    ("sdxl-4k-1280", "backward"): (8, 10, 6, 2, 4, 32, 3, 1, 2, 2, 96),
+    ("sdxl-8k-640", "forward"): (8, 6, 8, 2, 4, 72, 4, 0, 1, 4, 64),
+    ("sdxl-8k-1280", "forward"): (8, 4, 4, 2, 8, 80, 5, 0, 1, 4, 80),
+    ("sdxl-16k-640", "forward"): (8, 6, 16, 2, 4, 72, 4, 0, 1, 4, 128),
+    ("sdxl-16k-1280", "forward"): (4, 8, 5, 2, 8, 120, 3, 0, 1, 4, 100),
+    ("sd15-8k-320", "forward"): (8, 5, 16, 2, 8, 80, 4, 0, 1, 4, 64),
+    ("sd15-8k-320", "backward"): (4, 6, 16, 2, 8, 80, 4, 0, 2, 2, 128),
+    ("batch-16", "forward"): (4, 2, 16, 8, 8, 80, 3, 2, 1, 4, 1024),
+    ("batch-16", "backward"): (4, 2, 16, 4, 8, 80, 5, 2, 2, 2, 1024),
 }
 
 
@@ -407,7 +418,7 @@ def test_table_has_the_boxes_that_were_fastest(name, which):
     work, best = work_of(SHAPES[name], 2, which == "backward"), BEST_BOXES[name, which]
     variant = cuda.choose(work, DEVICES["h100"])
     shown = (*variant[:1], variant.lanes, variant.cluster, variant.ahead, variant.halo, variant.span, variant.stages)
-    shown += (variant.promotion, variant.grid, variant.block[0])
+    shown += (variant.promotion, variant.storers, variant.normalizers, variant.grid)
     assert shown == best if best else not variant.places
 
 
@@ -444,11 +455,10 @@ def test_shared_memory_is_counted_as_the_kernels_count_it(name, size, kind):
     variant = cuda.choose(work, DEVICES["h100"]._replace(boxes=boxes))
     kernel = "BULK_" * bool(variant.places) + "BACKWARD" if backward else "BULK" if variant.places else "FORWARD"
     defines = cuda.defines(kernel, variant, dtype, dtype, has=3 if work.gates == 2 else 1)
-    maps = 9 if backward else 6
     positions = variant.span or -(-work.line // variant.cluster)
     assert library(defines).needed_shared_bytes(positions, variant.stages) == variant.shared
     assert library(defines).params_bytes() == (
-        -(-(2 * maps * 128 + cuda.PARAMS.size + 8) // 64) * 64 if variant.places else cuda.PARAMS.size
+        -(-(2 * cuda.MAPS * 128 + cuda.PARAMS.size + 12) // 64) * 64 if variant.places else cuda.PARAMS.size
     )
 
 

@@ -26,8 +26,11 @@ MOST_PLACES = 8  # positions of a lane of the forward from boxes: 256 in a box
 MOST_STAGES = 8  # of its ring
 SLOT = 32  # bytes of a position's logits where a slice has one set of weights
 SWIZZLES = {32: 1, 64: 2, 128: 3}  # by bytes of a box's row
-SERVANTS = 2  # warps that load and store boxes
 CLUSTERS = (*range(1, 9), 16)  # of the kernels from boxes: more than eight blocks is what a device may refuse
+# Warps of the kernels from boxes that store and that normalise, in the forward and in the backward: the most for which
+# there are registers.
+HELPERS = (((1, 4), (1, 2), (1, 1)), ((2, 2), (1, 2), (1, 1)))
+MAPS = 6  # of x, lam, u, logits, the state and y, for each of both ways along a map
 RING_WORDS = (40, 16)  # registers for what is on its way, in the forward and in the backward
 
 
@@ -86,6 +89,8 @@ class Variant(NamedTuple):
     span: int = 0
     stages: int = 0
     promotion: int = 0
+    storers: int = 0  # warps
+    normalizers: int = 0
 
 
 class Box(NamedTuple):
@@ -111,13 +116,12 @@ class Launch(NamedTuple):
     cluster: int
     shared: int
     boxes: tuple[Box, ...] = ()
-    maps: int = 0  # that the kernel has for each of both ways along a map
 
     def arguments(self, encode: Callable[[Box], bytes]) -> bytearray:
         """The kernel's parameters, a multiple of 64 bytes where it has maps."""
         if not self.boxes:
             return bytearray(self.params)
-        packed = bytearray(2 * self.maps * MAP_BYTES) + self.params
+        packed = bytearray(2 * MAPS * MAP_BYTES) + self.params
         packed += bytes(-len(packed) % 64)
         for box in self.boxes:
             packed[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encode(box).ljust(MAP_BYTES, b"\0")
@@ -213,21 +217,18 @@ def make_bulk(
     most_stages: int = MOST_STAGES,
     promotion: int = 0,
 ) -> Variant | None:
-    """The kernel from boxes with these choices and as many stages as `shared` bytes hold, None where a block cannot
-    have it."""
+    """The kernel from boxes with these choices, as many stages as `shared` bytes hold and the first of HELPERS for
+    which there are registers; None where a block cannot have it."""
     row = width * work.size
     share = -(-work.line // cluster) if cluster == 1 else max(-(-work.line // cluster), halo)
     span = -(-(share if cluster == 1 else share + 2 * halo) // 8) * 8
     places, warps = -(-span // 32), width // channels
-    threads = 32 * (SERVANTS + warps + min(places, 4))
     if not work.boxed or width % channels or row % 16 or width > 256 or (work.backward and channels * work.size < 8):
         return None
-    if (work.D // work.G % width and work.G > 1) or (cluster > 1 and halo * row % 128) or channels * work.size > 16:
+    if (work.D // work.G % width and work.G > 1) or channels * work.size > 16 or places > MOST_PLACES:
         return None
-    # Registers, as nvcc uses them: a lane's positions, and what is read of the next line.
-    registers = 56 + places * channels * 7 if work.backward else 48 + places * channels * 3
-    if places > MOST_PLACES or threads > 1024 or registers > 65536 // (-(-threads // 128) * 128):
-        return None
+    if not work.backward and cluster > 1 and halo * row % 128:
+        return None  # what the engine stores begins behind the halo
 
     unit = {128: 1024, 64: 512}.get(row, 256)
 
@@ -243,9 +244,17 @@ def make_bulk(
     stages = min(most_stages, -(-min(work.segment, work.line) // batch) + 1, (shared - header) // stage)
     if stages < 2:
         return None
+    # Registers, as nvcc uses them: a lane's positions, and what is read of the next line.
+    registers = 56 + places * channels * 7 if work.backward else 48 + places * channels * 3
+    for storers, normalizers in HELPERS[work.backward]:
+        threads = 32 * (1 + storers + normalizers + warps)
+        if threads <= 1024 and registers <= 65536 // (-(-threads // 128) * 128):
+            break
+    else:
+        return None
     slices = -(-work.D // width)
     grid = work.B * work.K * work.segments * slices * cluster
-    ring = (places, halo, span, stages, promotion)
+    ring = (places, halo, span, stages, promotion, storers, normalizers)
     used = header + stages * stage
     return Variant(channels, 1, warps, batch, 1, cluster, slices, slices // work.G, (threads, 1), used, grid, *ring)
 
@@ -257,6 +266,7 @@ class Boxes(NamedTuple):
     shortest: int  # positions of a line
     longest: int
     channels: int  # that D has at least
+    scans: int  # images x directions at most
     positions: int  # of a block, halos included, where clusters may be large enough for that
     width: int  # most channels of a slice
     vec: int  # channels of a lane
@@ -265,43 +275,49 @@ class Boxes(NamedTuple):
     promotion: int
 
 
+ANY = 1 << 30
 # The first that fits.
 BOXES = (
-    Boxes(False, 32, 64, 0, 64, 16, 8, 4, 8, 2),
-    Boxes(False, 65, 96, 0, 64, 16, 8, 4, 8, 0),
-    Boxes(False, 97, 191, 0, 32, 80, 8, 4, 4, 1),
-    Boxes(False, 192, 383, 128, 80, 32, 8, 2, 8, 0),
-    Boxes(False, 384, 1280, 128, 120, 32, 4, 2, 8, 0),
-    Boxes(False, 192, 1280, 48, 72, 48, 8, 2, 4, 0),
-    Boxes(False, 192, 512, 0, 72, 48, 8, 2, 4, 0),
-    Boxes(False, 513, 1280, 0, 80, 40, 8, 8, 8, 0),
-    Boxes(False, 1281, 3072, 0, 80, 40, 4, 2, 8, 0),  # not timed
-    Boxes(True, 56, 64, 0, 32, 32, 8, 4, 4, 1),
-    Boxes(True, 65, 128, 0, 32, 80, 8, 8, 4, 1),
-    Boxes(True, 129, 512, 0, 64, 48, 8, 8, 4, 1),
-    Boxes(True, 513, 1280, 0, 32, 24, 4, 8, 8, 0),
+    Boxes(False, 32, 47, 0, ANY, 64, 16, 4, 8, 8, 0),
+    Boxes(False, 48, 64, 0, ANY, 64, 16, 4, 4, 8, 2),
+    Boxes(False, 65, 96, 0, ANY, 64, 16, 8, 4, 8, 0),
+    Boxes(False, 97, 191, 0, ANY, 32, 80, 8, 4, 4, 1),
+    Boxes(False, 192, 383, 128, ANY, 80, 32, 8, 2, 8, 0),
+    Boxes(False, 384, 1280, 128, ANY, 120, 32, 4, 2, 8, 0),
+    Boxes(False, 192, 383, 48, 4, 24, 80, 8, 4, 4, 0),
+    Boxes(False, 192, 1280, 48, ANY, 72, 48, 8, 2, 4, 0),
+    Boxes(False, 192, 512, 0, ANY, 72, 48, 8, 2, 4, 0),
+    Boxes(False, 513, 1280, 0, ANY, 80, 40, 8, 8, 8, 0),
+    Boxes(False, 1281, 3072, 0, ANY, 80, 40, 4, 2, 8, 0),  # not timed
+    Boxes(True, 56, 64, 0, ANY, 32, 32, 8, 2, 4, 0),
+    Boxes(True, 65, 128, 0, ANY, 32, 80, 8, 2, 4, 1),
+    Boxes(True, 129, 512, 0, ANY, 24, 80, 8, 2, 4, 0),
+    Boxes(True, 513, 1280, 0, ANY, 32, 24, 4, 8, 8, 0),
 )
 SMALL = 64  # positions of a line up to which boxes were timed only with all blocks running at once
-ENOUGH = 64  # blocks: narrower slices are chosen to have them; few were timed with less
+ENOUGH = (40, 64)  # blocks, of a small map's forward and else: narrower slices are chosen to have them
 
 
 def _bulks(work: Work, device: Device) -> Iterator[Variant]:
-    """Kernels from boxes of a small map: as many blocks as run at once first; of others: the widest slices first."""
-    row = next((r for r in BOXES if r[0] == work.backward and r[1] <= work.line <= r[2] and r[3] <= work.D), None)
+    """Kernels from boxes, the widest slices first."""
+
+    def fits(row: Boxes) -> bool:
+        length = row.shortest <= work.line <= row.longest
+        return row.backward == work.backward and length and row.channels <= work.D and row.scans >= work.B * work.K
+
+    row = next(filter(fits, BOXES), None)
     if not (device.boxes and work.boxed and work.size == 2 and min(work.segment, work.line) >= 32 and row):
         return
     fitting = (n for n in CLUSTERS if work.line <= n * (row.positions - (2 * row.halo if n > 1 else 0)))
     cluster = next(fitting, CLUSTERS[-1])
     unit = 128 // (row.halo * work.size) if cluster > 1 else 8  # a halo begins at whole 128 bytes
-    counts = range(-(-work.D // row.width), -(-work.D // 8) + 1)
-    small = work.line <= SMALL
-    for slices in reversed(counts) if small and not work.backward else counts:
+    for slices in range(-(-work.D // row.width), -(-work.D // 8) + 1):
         width = -(-work.D // (slices * unit)) * unit
         # Slices of 16 bytes share their sectors; two warps scan one faster than one does.
         vec, promotion = (row.vec, row.promotion) if width > 8 else (4, 2)
         for batch in (n for n in (8, 4, 2) if n <= row.lines):
             made = make_bulk(work, width, cluster, batch, vec, row.halo, device.shared, promotion=promotion)
-            if made and made.stages > 2 and not (small and made.grid > device.processors):
+            if made and made.stages > 2 and not (work.line <= SMALL and made.grid > device.processors):
                 yield made
                 break
 
@@ -309,7 +325,7 @@ def _bulks(work: Work, device: Device) -> Iterator[Variant]:
 def _candidates(work: Work, device: Device) -> Iterator[Variant]:
     """From the most to the least wanted."""
     boxes = list(_bulks(work, device))
-    yield from (v for v in boxes if v.grid >= ENOUGH)
+    yield from (v for v in boxes if v.grid >= ENOUGH[work.backward or work.line > SMALL])
     yield from boxes
     clusters = (1, 2, 4, 8) if device.capability >= (9, 0) else (1,)
     long_lines = []
@@ -409,7 +425,7 @@ def defines(
             HAS=has,
             DECAY=int(decay),
         )
-        if kernel.startswith("BULK"):
+        if variant.places:
             del choices["VEC"], choices["SETS"], choices["LANES"]
             choices |= dict(WIDTH=variant.vec * variant.lanes, CHANNELS=variant.vec, PLACES=variant.places)
             choices |= dict(BATCH=variant.ahead, HALO=variant.halo, THREADS=-(-threads // 128) * 128)
@@ -450,10 +466,9 @@ class _Arguments(NamedTuple):
             saves,
         )
 
-    def boxes(self, variant: Variant, tensors: Sequence[torch.Tensor | None]) -> tuple[Box, ...]:
-        """`tensors`: x, lam, u, logits, the state, y; in the backward also the gradients of x, lam and u."""
+    def boxes(self, variant: Variant, tensors: Sequence[torch.Tensor | None], backward: bool) -> tuple[Box, ...]:
+        """`tensors`: x, lam, u, logits, the state, y."""
         B, H, W, D = self.x.shape
-        backward = len(tensors) > 6
         width, halo = variant.vec * variant.lanes, variant.halo if variant.cluster > 1 else 1
         made = []
         for along, tensor in itertools.product(
@@ -472,14 +487,14 @@ class _Arguments(NamedTuple):
             if tensor == 3:
                 channels = t[0, 0, 0].numel()
                 wide = SLOT // size
-            elif tensor > (5 if backward else 3):
+            elif tensor > 3 and not backward:
                 positions, lines = share, 1
             elif tensor == 4:
                 lines += 1
             sizes = (channels, length, H if along else W, directions, B)
             strides = (step[1 + along], step[2 - along], per_direction, step[0])
             box = (wide, positions, lines, 1, 1)
-            place = len(tensors) * along + tensor
+            place = MAPS * along + tensor
             swizzle = SWIZZLES.get(wide * size, 0)
             made.append(Box(place, tensor, t.data_ptr(), sizes, strides, box, size, variant.promotion, swizzle))
         return tuple(made)
@@ -508,17 +523,14 @@ class _Arguments(NamedTuple):
         if partial is not None and kernel == "SUM_PARTIALS":
             grid, block, cluster, shared = -(-partial[0].numel() // 768), (256, 1), 1, 0
         boxes: tuple[Box, ...] = ()
-        maps = 0
-        if kernel == "FORWARD" and variant.places:
-            kernel, boxes, maps = "BULK", self.boxes(variant, tensors[:6]), 6
-        if kernel == "BACKWARD" and variant.places:
-            kernel, boxes, maps = "BULK_BACKWARD", self.boxes(variant, tensors[:9]), 9
-        if boxes:
-            params += struct.pack("2i", variant.span, variant.stages)
+        if variant.places and kernel != "SUM_PARTIALS":
+            boxes = self.boxes(variant, tensors[:MAPS], kernel == "BACKWARD")
+            kernel = "BULK_BACKWARD" if kernel == "BACKWARD" else "BULK"
+            params += struct.pack("3i", variant.span, variant.stages, variant.storers)
         last = partial if kernel.endswith("BACKWARD") else outputs[0]
         has = (self.lam is not None) + 2 * (self.u is not None) + 4 * (last is not None)
         chosen = defines(kernel, variant, self.x.dtype, self.logits.dtype, has, self.decay)
-        return Launch(f"gspn2_{kernel.lower()}", chosen, params, grid, block, cluster, shared, boxes, maps)
+        return Launch(f"gspn2_{kernel.lower()}", chosen, params, grid, block, cluster, shared, boxes)
 
 
 def scan_forward(
@@ -661,7 +673,9 @@ def _function(launch: Launch, index: int) -> Any:
         with _compiling:
             if key not in _functions:
                 cupy = _import_cupy()
-                options = ("-std=c++17", *launch.defines)
+                # For a race checker (kernels/bulk.cuh), whose script sets it.
+                checked = ("-DGSPN2_EVERY_LANE",) if os.environ.get("GSPN2_EVERY_LANE") else ()
+                options = ("-std=c++17", *launch.defines, *checked)
                 try:
                     kernel = cupy.RawModule(code=kernel_source(), options=options).get_function(launch.kernel)
                     kernel.max_dynamic_shared_size_bytes = device_limits(index).shared

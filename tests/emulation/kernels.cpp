@@ -1,10 +1,8 @@
 // The kernels as the launcher would compile them, callable from Python through ctypes.
 #include "gspn2.cu"
 
-#if defined(GSPN2_BULK)
+#if defined(GSPN2_BULK) || defined(GSPN2_BULK_BACKWARD)
 using Arguments = BulkParams;
-#elif defined(GSPN2_BULK_BACKWARD)
-using Arguments = BulkBackwardParams;
 #else
 using Arguments = Params;
 #endif

@@ -27,7 +27,8 @@ OPTIONS = (
 
 def run(*arguments: object) -> str:
     # In float32 as it is written, not in TF32: other batch sizes choose other convolutions.
-    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0", "PYTHONPATH": path}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
