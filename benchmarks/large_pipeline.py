@@ -219,6 +219,8 @@ def run(pipe: Any, size: int, planned: dict[int, StagePlan], args: argparse.Name
     if not planned:
         switches = {"guidance_in_turn": size > 8192}
     switches.pop("vae_tiling", None)  # the pipeline's own decision, stage by stage
+    if args.stages:
+        Path(args.stages).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"large_{size}_", dir=args.stages))
     watch = Watch(pipe)
     try:

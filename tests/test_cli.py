@@ -155,9 +155,10 @@ def test_evaluate_writes_verdicts_table_and_pictures(model, tmp_path, capsys):
     assert "overall" in (tmp_path / "4" / "scene_eval.md").read_text() and "overall" in capsys.readouterr().out
     assert pixels(tmp_path / "4" / "scene_eval.png").shape[2] == 3
     broken = tmp_path / "broken.jsonl"
-    broken.write_text("not json")
-    assert main(["evaluate", *model, "--prompts", str(broken), "--out", str(tmp_path)]) == 1
-    assert "broken.jsonl could not be read" in capsys.readouterr().err
+    for text, message in (("not json", "could not be read"), ('["a"]', "could not be read"), ("\n", "has no prompts")):
+        broken.write_text(text)
+        assert main(["evaluate", *model, "--prompts", str(broken), "--out", str(tmp_path)]) == 1
+        assert f"broken.jsonl {message}" in capsys.readouterr().err
 
 
 def test_distill_hands_its_flags_to_the_training_script(capsys):

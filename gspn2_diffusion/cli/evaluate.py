@@ -52,12 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace, folder: Path, save: bool) -> bool:
     """Draws the prompts, judges the pictures if that is asked for; whether this process goes on to score them."""
-    try:
-        prompts = load_prompts(args.prompts, args.limit)
-    except (OSError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{args.prompts} could not be read ({error}); it needs a JSON object with prompt and category a line."
-        ) from error
+    prompts = load_prompts(args.prompts, args.limit)
     state = _join(args)
     main = state is None or state.is_main_process
     try:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from ..assets import scene_eval_prompts_path
-from ..loading import GUIDANCE_SCALE, check_size, default_size, exact_size
+from ..loading import GUIDANCE_SCALE, UserError, check_size, default_size, exact_size
 from ..patching.families import find_model
 from .scene_eval import judge
 from .vocabulary import parse_prompt
@@ -142,10 +142,21 @@ class PictureFolder:
 
 def load_prompts(path: str | Path | None = None, limit: int | None = None) -> list[EvalPrompt]:
     """The held-out prompts that come with the package, or those of a JSONL file: `prompt` (or `text`, as an image
-    folder's metadata.jsonl calls it) and `category`. `limit` takes equally many of each category, the first ones."""
-    lines = Path(path or scene_eval_prompts_path()).read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    prompts = [EvalPrompt(r["prompt"] if "prompt" in r else r["text"], r.get("category", "all")) for r in records]
+    folder's metadata.jsonl calls it) and `category`. `limit` takes equally many of each category, the first ones.
+
+    Raises:
+        UserError: the file cannot be read, or has no prompts.
+    """
+    file = Path(path or scene_eval_prompts_path())
+    try:
+        records = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        prompts = [EvalPrompt(r["prompt"] if "prompt" in r else r["text"], r.get("category", "all")) for r in records]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} could not be read ({error!r}); it needs a JSON object with prompt and category a line."
+        ) from error
+    if not prompts:
+        raise UserError(f"{file} has no prompts; it needs a JSON object with prompt and category a line.")
     if limit is None or limit >= len(prompts):
         return prompts
     present = list(dict.fromkeys(p.category for p in prompts))
