@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -129,7 +130,7 @@ def test_same_bits_in_any_order_of_threads():
 
 @needs_compiler
 def test_boxes_give_the_same_bits_in_any_order_of_threads():
-    case = Case(1, 3, 200, 96, merge="sum", gates="shared")
+    case = Case(1, 3, 200, 96, directions=("down", "up"), merge="sum", gates="shared")
     first, _, launches = run(case, torch.bfloat16, DEVICES["h100"], seed=1, boxed=True)
     again, _, _ = run(case, torch.bfloat16, DEVICES["h100"], seed=2, boxed=True)
     assert [bool(launch.boxes) for launch in launches] == [True, True, False], "and the sums over blocks"
@@ -175,15 +176,30 @@ TABLE = [
     (Case(1, 3, 64, 8, gates="none"), "both"),
     (Case(1, 5, 100, 48, merge="sum", gates="shared"), "both"),
     (Case(1, 4, 80, 40), "both"),
-    (Case(1, 3, 256, 128), "both"),
+    (Case(1, 3, 256, 128, directions=("down", "up")), "both"),
     (Case(1, 2, 400, 128, directions=("down",)), "both"),
-    (Case(1, 3, 200, 48, 3, gates="lam"), "both"),
+    (Case(3, 2, 200, 48, 3, directions=("down", "up"), gates="lam"), "both"),
+    (Case(1, 2, 200, 24, directions=("down",)), "both"),
     (Case(1, 4, 256, 80, directions=("up", "right"), decay=True), "both"),
-    (Case(1, 300, 3, 64, 4, gates="shared", normalizer="softmax", segment=40), "both"),
+    (Case(1, 300, 3, 64, 4, ("right", "down"), gates="shared", normalizer="softmax", segment=40), "both"),
     (Case(1, 2, 600, 16, directions=("down",), gates="lam", merge="sum"), "both"),
     (Case(1, 2, 1024, 40, directions=("up",)), "both"),
     (Case(1, 1, 2048, 24, directions=("down",), decay=True), "forward"),
 ]
+
+
+def test_each_row_of_the_table_is_emulated(monkeypatch):
+    taken, choose = set(), cuda.choose
+
+    def record(work, device):
+        taken.add(cuda.box_row(work))
+        return choose(work, device)
+
+    monkeypatch.setattr(cuda, "choose", record)
+    monkeypatch.setattr(sys.modules[__name__], "execute", lambda *_: None)
+    for case, _ in TABLE:
+        run(case, torch.bfloat16, DEVICES["h100"], boxed=True)
+    assert taken >= set(cuda.BOXES)
 
 
 @needs_compiler

@@ -298,14 +298,19 @@ SMALL = 64  # positions of a line up to which boxes were timed only with all blo
 ENOUGH = (40, 64)  # blocks, of a small map's forward and else: narrower slices are chosen to have them
 
 
-def _bulks(work: Work, device: Device) -> Iterator[Variant]:
-    """Kernels from boxes, the widest slices first."""
+def box_row(work: Work) -> Boxes | None:
+    """The row of the table that `work` follows."""
 
     def fits(row: Boxes) -> bool:
         length = row.shortest <= work.line <= row.longest
         return row.backward == work.backward and length and row.channels <= work.D and row.scans >= work.B * work.K
 
-    row = next(filter(fits, BOXES), None)
+    return next(filter(fits, BOXES), None)
+
+
+def _bulks(work: Work, device: Device) -> Iterator[Variant]:
+    """Kernels from boxes, the widest slices first."""
+    row = box_row(work)
     if not (device.boxes and work.boxed and work.size == 2 and min(work.segment, work.line) >= 32 and row):
         return
     fitting = (n for n in CLUSTERS if work.line <= n * (row.positions - (2 * row.halo if n > 1 else 0)))
