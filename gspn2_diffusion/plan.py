@@ -47,7 +47,9 @@ CALIBRATE_AT = {"cuda": 4096, "cpu": 512}  # side of the square at which operati
 # hooks and views around it. A call is never shorter than this on a GPU, however fast the device is. From SDXL at 1024
 # pixels on an H100's host (docs/large_images.md).
 HOST_FACTOR = 1.15
-PIXELS_AT = 1024  # side of the picture with which the host's work on pixels is timed
+PIXELS_AT = (
+    4096  # largest side with which the host's work on pixels is timed; a pixel of a larger picture takes as long
+)
 QUEUE_CYCLES = 2_000_000  # for which the device sleeps, about 1 ms, while the operations to be timed are queued
 
 
@@ -198,7 +200,6 @@ def plan(
 
     clocks = _Clocks(device, clock)
     room = limit - weights
-    making, reading = _pixel_times(clock)
     walks: dict[tuple[int, ...], _Walk] = {}
 
     def walk(latent: tuple[int, int]) -> _Walk:
@@ -226,7 +227,7 @@ def plan(
                 weights + denoiser_bytes,
                 weights + vae_bytes,
                 {**({"vae_tiling": True} if tiled else {}), **switches},
-                rows * columns * (making + reading * (index > 0)),
+                rows * columns * _pixel_time(clock, math.isqrt(rows * columns), reads=index > 0),
             )
         )
     replaced = sum(hasattr(module, "_gspn2") for module in unet.modules())
@@ -411,34 +412,33 @@ def _vae_cost(
     return seconds, peak
 
 
-def _pixel_times(clock: Callable[[], float]) -> tuple[float, float]:
-    """Seconds a pixel that the host needs to make a stage's result a PNG with its checksum, and to enlarge and read the
-    picture that a stage begins with."""
+def _pixel_time(clock: Callable[[], float], side: int, reads: bool) -> float:
+    """Seconds a pixel that the host needs to make a stage's result a PNG with its checksum and, where it `reads`, to
+    enlarge and read the picture that the stage begins with."""
+    side = min(side, PIXELS_AT)
     processor = VaeImageProcessor()
     # Noise takes a PNG longest, and a picture of a large model is nearer to it than to an even one.
-    result = torch.rand(1, 3, PIXELS_AT, PIXELS_AT, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    result = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before = processor.postprocess(result[..., ::2, ::2])[0]
 
-    def make() -> None:
+    def run() -> None:
+        if reads:
+            processor.preprocess(before.resize((side, side), Image.Resampling.LANCZOS))
         file = io.BytesIO()
         processor.postprocess(result)[0].save(file, format="PNG", compress_level=PNG_LEVEL)
         hashlib.sha256(file.getbuffer()).digest()
 
-    def read() -> None:
-        processor.preprocess(before.resize((PIXELS_AT, PIXELS_AT), Image.Resampling.LANCZOS))
-
-    making, reading = (_seconds(run, clock) / PIXELS_AT**2 for run in (make, read))
-    return making, reading
+    return _seconds(run, clock, 3 if side <= 1024 else 1) / side**2
 
 
-def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """The median of three runs."""
+def _seconds(run: Callable[[], Any], clock: Callable[[], float], runs: int = 3) -> float:
+    """The median of so many runs."""
     taken = []
-    for _ in range(3):
+    for _ in range(runs):
         before = clock()
         run()
         taken.append(clock() - before)
-    return sorted(taken)[1]
+    return sorted(taken)[runs // 2]
 
 
 def _tile_sides(vae: Any, latent: tuple[int, int]) -> list[tuple[int, int]]:
