@@ -3,8 +3,7 @@
     python benchmarks/first_launch.py
 
 Starts processes of its own, one after another, with an empty folder for CuPy's compiled kernels. Each makes the inputs
-of SDXL's 64 x 64 maps, then times the first call of `gspn2_scan` until its result is there, importing CuPy included;
-the kernel must have been loaded from the folder in all but the first.
+of SDXL's 64 x 64 maps, then times importing CuPy and the first call of `gspn2_scan` until its result is there.
 """
 
 import argparse

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,7 @@ CALIBRATE_AT = {"cuda": 4096, "cpu": 512}  # side of the square at which operati
 # hooks and views around it. A call is never shorter than this on a GPU, however fast the device is. From SDXL at 1024
 # pixels on an H100's host (docs/large_images.md).
 HOST_FACTOR = 1.15
-PIXELS_AT = (
-    4096  # largest side with which the host's work on pixels is timed; a pixel of a larger picture takes as long
-)
+PIXELS_AT = 4096  # largest side with which the host's work on pixels is timed; beyond, a pixel takes as long
 QUEUE_CYCLES = 2_000_000  # for which the device sleeps, about 1 ms, while the operations to be timed are queued
 
 
@@ -200,6 +199,7 @@ def plan(
 
     clocks = _Clocks(device, clock)
     room = limit - weights
+    pixel_time = cache(partial(_pixel_time, clock))  # the largest stages share one
     walks: dict[tuple[int, ...], _Walk] = {}
 
     def walk(latent: tuple[int, int]) -> _Walk:
@@ -227,7 +227,7 @@ def plan(
                 weights + denoiser_bytes,
                 weights + vae_bytes,
                 {**({"vae_tiling": True} if tiled else {}), **switches},
-                rows * columns * _pixel_time(clock, math.isqrt(rows * columns), reads=index > 0),
+                rows * columns * pixel_time(min(math.isqrt(rows * columns), PIXELS_AT), index > 0),
             )
         )
     replaced = sum(hasattr(module, "_gspn2") for module in unet.modules())
@@ -415,7 +415,6 @@ def _vae_cost(
 def _pixel_time(clock: Callable[[], float], side: int, reads: bool) -> float:
     """Seconds a pixel that the host needs to make a stage's result a PNG with its checksum and, where it `reads`, to
     enlarge and read the picture that the stage begins with."""
-    side = min(side, PIXELS_AT)
     processor = VaeImageProcessor()
     # Noise takes a PNG longest, and a picture of a large model is nearer to it than to an even one.
     result = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -203,7 +203,12 @@ GSPN2_DEVICE void read_logits(float (&logit)[3], const unsigned char* taps, int 
     }
 }
 
-// Warps share out a batch's lines and positions, 32 of a line at a time.
+// Calls each(line, position) for this thread's part: warps share out `lines` of a batch and their positions, 32 of a line at a time.
+template <int PLACES, typename F>
+GSPN2_DEVICE void share_out(int lines, int thread, int threads, const F& each) {
+    for (int unit = thread / 32; unit < PLACES * lines; unit += threads / 32) each(unit / PLACES, unit % PLACES * 32 + thread % 32);
+}
+
 template <typename L, int PLACES, int BATCH, typename R>
 GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const Reach& reach, const R& ring, int thread, int threads) {
     const int batches = (at.last - at.first + BATCH - 1) / BATCH;
@@ -214,15 +219,15 @@ GSPN2_DEVICE void normalize_boxes(const BulkParams& bulk, const Place& at, const
         // Implied by the next line, through the warps that store and load; told so that a race checker sees it.
         if (batch >= bulk.stages) signal_wait(R::done(stage), turn.parity ^ 1);
         signal_wait(R::full(stage), turn.parity);
-        for (int unit = thread / 32; unit < PLACES * BATCH; unit += threads / 32) {
-            const int s = unit / PLACES, position = unit % PLACES * 32 + thread % 32, j = at.start + position - reach.low;
-            if (position >= ring.span) continue;
+        share_out<PLACES>(BATCH, thread, threads, [&](int s, int position) {
+            if (position >= ring.span) return;
+            const int j = at.start + position - reach.low;
             float logit[3], weight[3];
             read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
             normalize(weight, logit, j > 0, j < at.length - 1, bulk.scan.softmax);
             const float four[4] = {weight[0], weight[1], weight[2], 0.f};
             store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
-        }
+        });
         warp_arrives(R::ready(stage));
     }
 }

@@ -1,10 +1,9 @@
 // The backward scan from boxes, the way bulk.cuh does the forward: g = u dy + (three transposed taps of the line after).
 //
-// The gradients of x, lam and u take the places of x, lam and u in their stage, from where the storing warps take them; the engine
-// brings the logits, too. Each scanning
-// warp leaves its channels' sum of g h for each tap where dy and h were; the normalising warps, which made the weights, add these up,
-// warp by warp, and go through the normaliser. One set of weights for all channels of a slice; weights for each channel take the
-// backward of backward.cuh.
+// The gradients of x, lam and u take the places of x, lam and u in their stage, from where the storing warps take them. Each
+// scanning warp leaves its channels' sum of g h for each tap where dy and h were; the normalising warps, which made the weights,
+// add these up, warp by warp, and go through the normaliser. One set of weights for all channels of a slice; weights for each
+// channel take the backward of backward.cuh.
 #pragma once
 
 #include "bulk.cuh"
@@ -13,7 +12,7 @@ template <typename T, int WIDTH, int CHANNELS, int PLACES, int BATCH, int HALO, 
 struct BackwardRing {
     static_assert(CHANNELS * sizeof(T) >= 8 && CHANNELS * sizeof(T) <= 16, "two sums fit where dy was, and a lane's channels stay together");
     using W = Weights<PLACES>;
-    static constexpr int SLICE = WIDTH, WARPS = WIDTH / CHANNELS;
+    static constexpr int WARPS = WIDTH / CHANNELS;
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, PARTIAL = HAS & HAS_PARTIAL;
     // x is there for its gradient's sake, even where nothing needs it.
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, DY_TILE = U_TILE + U, H_TILE = DY_TILE + 1;
@@ -27,10 +26,11 @@ struct BackwardRing {
           taps_at((H_TILE * tile + (BATCH + 1) * positions * ROW + ALIGN - 1) / ALIGN * ALIGN),
           stage((taps_at + BATCH * (positions * SLOT + W::LINE) + ALIGN - 1) / ALIGN * ALIGN) {}
     GSPN2_DEVICE int loaded() const { return span * ((H_TILE * BATCH + BATCH + 1) * ROW + BATCH * SLOT); }
-    GSPN2_DEVICE static int place(int position, int warp) {
+    GSPN2_DEVICE static int element(int position, int channel) {
         constexpr int SIZE = sizeof(T);
-        return swizzled<ROW>(position * ROW + warp * CHANNELS * SIZE) / SIZE;
+        return swizzled<ROW>(position * ROW + channel * SIZE) / SIZE;
     }
+    GSPN2_DEVICE static int place(int position, int warp) { return element(position, warp * CHANNELS); }
 
     GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
@@ -92,25 +92,24 @@ struct Stored {
     Walk<T> to;
 };
 
-// 16 bytes a thread, those of a position next to each other. `row_of`: the row in a box of a batch's lines, in the order in which
-// they are scanned.
-template <typename T, int BATCH, typename R, typename F, int COUNT>
-GSPN2_DEVICE void store_lines(const Place& at, const Reach& reach, const R& ring, int stages, int channels, const F& row_of, Stored<T> (&stored)[COUNT], int thread, int threads) {
-    constexpr int CHUNK = 16 / sizeof(T), CHUNKS = R::SLICE / CHUNK;
-    const int lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH, left = channels - at.slice * R::SLICE;
+// 16 bytes a thread, those of a position next to each other.
+template <typename T, int WIDTH, int BATCH, typename R, int COUNT>
+GSPN2_DEVICE void store_lines(const BulkParams& bulk, const Place& at, const Reach& reach, const Rows& rows, const R& ring, Stored<T> (&stored)[COUNT], int thread, int threads) {
+    constexpr int CHUNK = 16 / sizeof(T), CHUNKS = WIDTH / CHUNK;
+    const int lines = at.last - at.first, batches = (lines + BATCH - 1) / BATCH, left = bulk.scan.channels - at.slice * WIDTH;
     Turn turn{0, 0};
-    for (int batch = 0; batch < batches; ++batch, turn.next(stages)) {
+    for (int batch = 0; batch < batches; ++batch, turn.next(bulk.stages)) {
         const int stage = turn.stage, count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
         signal_wait(R::done(stage), turn.parity);
         for (int item = thread; item < at.owned * CHUNKS; item += threads) {
-            const int j = item / CHUNKS, channel = item % CHUNKS * CHUNK, size = sizeof(T);
+            const int j = item / CHUNKS, channel = item % CHUNKS * CHUNK;
             if (channel >= left) continue;
-            const int place = swizzled<R::ROW>((j + reach.low) * R::ROW + channel * size) / size;
+            const int place = R::element(j + reach.low, channel);
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 Packed<T, CHUNK> packed[BATCH];
 #pragma unroll
-                for (int s = 0; s < BATCH; ++s) packed[s].load(ring.line(stage, stored[i].tile, row_of(s)) + place);
+                for (int s = 0; s < BATCH; ++s) packed[s].load(ring.line(stage, stored[i].tile, rows.row(s, BATCH)) + place);
 #pragma unroll
                 for (int s = 0; s < BATCH; ++s) {
                     const Walk<T>& to = stored[i].to;
@@ -134,9 +133,9 @@ GSPN2_DEVICE void normalize_backward(const BulkParams& bulk, const Place& at, co
     const auto weigh = [&](const Turn& turn) {
         const int stage = turn.stage;
         signal_wait(R::full(stage), turn.parity);
-        for (int unit = thread / 32; unit < PLACES * BATCH; unit += threads / 32) {
-            const int s = unit / PLACES, position = unit % PLACES * 32 + thread % 32, j = at.start + position - reach.low;
-            if (position >= ring.span) continue;
+        share_out<PLACES>(BATCH, thread, threads, [&](int s, int position) {
+            if (position >= ring.span) return;
+            const int j = at.start + position - reach.low;
             float logit[3], weight[3];
             read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
             normalize(weight, logit, j > 0, j < at.length - 1, p.softmax);
@@ -148,7 +147,7 @@ GSPN2_DEVICE void normalize_backward(const BulkParams& bulk, const Place& at, co
             const float sigmoid = fast_divide(1.f, 1.f + fast_exp(-top < 40.f ? -top : 40.f));
             const float four[4] = {weight[0], weight[1], weight[2], p.softmax ? 0.f : fast_divide(sigmoid, heaviest)};
             store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
-        }
+        });
         warp_arrives(R::ready(stage));
     };
     Turn weighed{0, 0}, turn{0, 0};
@@ -158,10 +157,9 @@ GSPN2_DEVICE void normalize_backward(const BulkParams& bulk, const Place& at, co
         if (batch + 1 < batches) weigh(weighed);
         const int stage = turn.stage, count = lines - batch * BATCH < BATCH ? lines - batch * BATCH : BATCH;
         signal_wait(R::done(stage), turn.parity);
-        for (int unit = thread / 32; unit < PLACES * count; unit += threads / 32) {
-            const int s = unit / PLACES, position = unit % PLACES * 32 + thread % 32, j = position - reach.low;
-            if (!reach.owns(position)) continue;
-            const int row = rows.row(s, BATCH), line = rows.line(batch * BATCH + s);
+        share_out<PLACES>(count, thread, threads, [&](int s, int position) {
+            if (!reach.owns(position)) return;
+            const int j = position - reach.low, row = rows.row(s, BATCH), line = rows.line(batch * BATCH + s);
             const auto left = [&](int which, int line_of_box, int warp) {
                 return reinterpret_cast<const float*>(ring.line(stage, which, line_of_box) + R::place(position, warp));
             };
@@ -188,7 +186,7 @@ GSPN2_DEVICE void normalize_backward(const BulkParams& bulk, const Place& at, co
 #pragma unroll
                 for (int t = 0; t < 3; ++t) to[t] = from_float<L>(four[t] * (1.f - four[t] * four[3]) * (sum[t] - mean));
             }
-        }
+        });
         engine_fence();
         warp_arrives(R::empty(stage));
     }
@@ -359,12 +357,11 @@ GSPN2_DEVICE void scan_bulk_backward(const BulkParams& bulk) {
         if (threadIdx.x == 0) load_backward_boxes<L, WIDTH, BATCH>(bulk, at, reach, rows, ring, ahead, batches);
     } else if (warp < 1 + bulk.storers) {
         const auto to = [&](const View& view) { return walk<T>(view, at, bulk.scan, at.last - 1, -1, 0, at.slice * WIDTH); };
-        const auto row_of = [&](int s) { return rows.row(s, BATCH); };
         Stored<T> stored[1 + R::LAM + R::U];
         stored[0] = {0, to(bulk.scan.grad_x)};
         if constexpr (R::LAM) stored[R::LAM_TILE] = {R::LAM_TILE, to(bulk.scan.grad_lam)};
         if constexpr (R::U) stored[R::U_TILE] = {R::U_TILE, to(bulk.scan.grad_u)};
-        store_lines<T, BATCH>(at, reach, ring, bulk.stages, bulk.scan.channels, row_of, stored, threadIdx.x - 32, 32 * bulk.storers);
+        store_lines<T, WIDTH, BATCH>(bulk, at, reach, rows, ring, stored, threadIdx.x - 32, 32 * bulk.storers);
     } else if (warp < 1 + bulk.storers + normalizers) {
         normalize_backward<L, WIDTH, PLACES, BATCH>(bulk, at, reach, rows, ring, threadIdx.x - 32 * (1 + bulk.storers), 32 * normalizers);
     } else {

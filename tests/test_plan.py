@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gspn2_diffusion import apply_gspn2
+from gspn2_diffusion import plan as plan_module
 from gspn2_diffusion.plan import (
     HOST_FACTOR,
     StagePlan,
@@ -100,6 +101,20 @@ def test_a_call_takes_the_longer_of_device_and_host():
     assert clocks.seconds(walk, walk) == (4.0, HOST_FACTOR)
     stage = StagePlan(8, 8, 1, 4.0, 5.0, 1.0, 0, 0, {}, 0.5)
     assert (stage.call_seconds, stage.seconds) == (5.0, 6.5)
+
+
+def test_the_largest_stages_share_the_timing_of_pixels(monkeypatch):
+    timed = []
+
+    def record(clock, side, reads):
+        timed.append((side, reads))
+        return 0.5
+
+    monkeypatch.setattr(plan_module, "PIXELS_AT", 40)
+    monkeypatch.setattr(plan_module, "_pixel_time", record)
+    made = plan(tiny_models.sd_pipe(), 128, 96, calibrate_at=16, clock=lambda: 0.0)
+    assert timed == [(27, False), (40, True)]
+    assert [stage.pixel_seconds for stage in made.stages] == [0.5 * 32 * 24, 0.5 * 64 * 48, 0.5 * 128 * 96]
 
 
 def test_plan_of_a_pipeline_and_of_its_folder(tmp_path):

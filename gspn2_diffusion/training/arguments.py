@@ -233,7 +233,7 @@ class TrainingArguments:
     tracker_project_name: str = _help("Project name in the tracker.", "gspn2")
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "max_train_samples", "rollout_guidance_scale"):
+        for name in ("resolution", *SPREAD):
             if isinstance(value := getattr(self, name), int | float):
                 setattr(self, name, [value])
         if not self.pretrained_model_name_or_path:
