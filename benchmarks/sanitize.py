@@ -2,6 +2,7 @@
 
 python benchmarks/sanitize.py
 python benchmarks/sanitize.py --boxes
+python benchmarks/sanitize.py --planes
 """
 
 import argparse
@@ -12,7 +13,7 @@ import sys
 
 import torch
 
-from gspn2_diffusion.ops import gspn2_scan
+from gspn2_diffusion.ops import gspn2_scan, gspn2_scan_planes
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # B, H, W, D, G, segment, merge, output gate, K: edges, odd sizes, unaligned channels, split lines, lines longer than a
@@ -36,6 +37,17 @@ BOXED = [
 ]
 
 
+# From planes: one block to a line, clusters, ragged slices, weights for each channel.
+PLANES = [
+    (1, 9, 32, 7, 1, None, "concat", True, 4),
+    (1, 20, 64, 10, 1, None, "sum", True, 4),
+    (1, 5, 128, 10, 2, None, "concat", True, 4),
+    (1, 250, 16, 3, 1, 32, "concat", True, 4),
+    (1, 3, 704, 4, 4, None, "concat", False, 1),
+    (1, 700, 32, 4, 4, None, "concat", False, 4),
+]
+
+
 def run(inputs: list[torch.Tensor | None], **options: object) -> None:
     """Forward and backward. What is read comes from the host, and gradients are not copied to where they accumulate:
     initcheck follows copies and our kernels alone and would take what torch's kernels wrote for uninitialised."""
@@ -55,6 +67,17 @@ def boxed_work() -> None:
         run([x, *gates, logits.unflatten(-1, (K, G, 3))], directions=directions, segment=segment, merge=merge)
 
 
+def planes_work() -> None:
+    for B, H, W, D, G, segment, merge, gated, K in PLANES:
+        for dtype in (torch.bfloat16, torch.float32)[: 1 + (G > 2)]:
+            count = D * (1 + K * (1 + gated)) + 3 * G * K
+            features, bias = (torch.rand(*shape, dtype=dtype).cuda() for shape in ((count, B, H, W), (count,)))
+            directions = ("right", "left", "down", "up")[:K]
+            options = dict(channels=D, groups=G, output_gate=gated, directions=directions, segment=segment, merge=merge)
+            gspn2_scan_planes(features, bias, **options)
+            torch.cuda.synchronize()
+
+
 def work() -> None:
     for B, H, W, D, G, segment, merge, gated, K in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
@@ -68,10 +91,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--boxes", action="store_true", help="the shapes that have boxes, not the others")
+    parser.add_argument("--planes", action="store_true", help="the shapes that are scanned from planes, not the others")
     parser.add_argument("--work", action="store_true", help="run the shapes, without a tool")
     args = parser.parse_args()
     if args.work:
-        return boxed_work() if args.boxes else work()
+        return boxed_work() if args.boxes else planes_work() if args.planes else work()
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise SystemExit("compute-sanitizer is not on the PATH; install the CUDA toolkit that has it.")
@@ -85,7 +109,7 @@ def main() -> None:
         if tool == "racecheck":  # a stage's readers tell the storing warp, and only that one the loading warp
             command += ["--racecheck-indirect-barrier-dependency"]
             environment["GSPN2_EVERY_LANE"] = "1"  # a lane that arrives for its warp is counted for itself
-        command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes]
+        command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes, *["--planes"] * args.planes]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)
         if done.returncode:

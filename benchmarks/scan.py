@@ -3,7 +3,8 @@
     python benchmarks/scan.py --out outputs/benchmarks/scan
 
 For each shape, type and pass: GPU time (median of CUDA-graph replays over rotated inputs), floor (every element moved
-once, at the copy bandwidth measured in this run), their ratio, the largest error, and, forward: the scan as one
+once, at the copy bandwidth measured in this run), their ratio, the largest error, and, forward: both layouts of the
+features (`us` is the one that the layer takes, planes_us and last_us features first and last), the scan as one
 compiled torch graph, one compiled launch per line, and softmax attention (SDPA) over as many tokens. Writes scan.csv,
 scaling.csv and two plots. On a CPU (`--device cpu --shapes tiny`) it only shows that it runs.
 """
@@ -13,6 +14,7 @@ import csv
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from gspn2_diffusion.ops import eager, gspn2_scan
+from gspn2_diffusion.ops import eager, gspn2_scan, gspn2_scan_planes, scans_planes
 
 ALL = ("right", "left", "down", "up")
 
@@ -113,6 +115,21 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     return [x, *gates, logits.unflatten(-1, (K, G, 3))]
 
 
+def make_features(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same projection with its features first, and its bias."""
+    B, H, W, D, G, directions, output_gate = shape
+    K = len(directions)
+    gates = K * D * (1 + output_gate)
+    features = torch.randn(-(-(D + gates + 3 * G * K) // 8) * 8, B, H, W, device=device, dtype=dtype)
+    features[D : D + gates].sigmoid_()
+    return features, torch.randn(len(features), device=device, dtype=dtype) / 8 if output_gate else None
+
+
+def scan_features(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> torch.Tensor:
+    options = dict(channels=shape.D, groups=shape.G, directions=shape.directions, output_gate=shape.output_gate)
+    return gspn2_scan_planes(features, bias, **options)
+
+
 def floor_bytes(shape: Shape, dtype: torch.dtype, backward: bool) -> int:
     """Forward: x, lam, u and the logits in, y out. Backward: those, dy and the state in, the gradients out."""
     B, H, W, D, G, directions, output_gate = shape
@@ -155,15 +172,30 @@ def compiled_loop(shape: Shape) -> Callable:
     return torch.compile(lambda *t: eager.scan_forward(*t, indices, False, 0, False, False)[0])
 
 
-def largest_error(inputs: list[torch.Tensor | None], shape: Shape) -> float:
-    """Relative to the largest value, against float64 on the same device, one image at a time."""
-    worst = 0.0
-    for b in range(min(shape.B, 2)):
-        image = [t if t is None else t[b : b + 1] for t in inputs]
-        expected = gspn2_scan(*(t if t is None else t.double() for t in image), directions=shape.directions)
-        error = (gspn2_scan(*image, directions=shape.directions) - expected).abs_().max()
-        worst = max(worst, (error / expected.abs_().max()).item())
-    return worst
+def largest_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to the largest value."""
+    return ((result - expected).abs_().max() / expected.abs().max()).item()
+
+
+def error_of_last(inputs: list[torch.Tensor | None], shape: Shape) -> float:
+    """Against float64 on the same device, one image at a time."""
+    images = [[t if t is None else t[b : b + 1] for t in inputs] for b in range(min(shape.B, 2))]
+    scan = partial(gspn2_scan, directions=shape.directions)
+    return max(largest_error(scan(*i), scan(*(t if t is None else t.double() for t in i))) for i in images)
+
+
+def error_of_planes(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> float:
+    exact = None if bias is None else bias.double()
+    images = [features[:, b : b + 1] for b in range(min(shape.B, 2))]
+    return max(largest_error(scan_features(i, bias, shape), scan_features(i.double(), exact, shape)) for i in images)
+
+
+def python_us(work: Callable[[], object]) -> float:
+    """Without waiting for the GPU: what a call costs the host, as long as the GPU keeps up."""
+    start = time.perf_counter()
+    for _ in range(50):
+        work()
+    return (time.perf_counter() - start) / 50 * 1e6
 
 
 def attempt(what: str, work: Callable[[], float]) -> float | None:
@@ -174,22 +206,27 @@ def attempt(what: str, work: Callable[[], float]) -> float | None:
         return None
 
 
-def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare: bool) -> list[dict]:
+def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare: bool, backward: bool) -> list[dict]:
     shape, dtype, device = SHAPES[name], DTYPES[dtype_name], timer.device
     bytes_moved = floor_bytes(shape, dtype, False)
     sets = max(1, min(8, (200 << 20) // bytes_moved)) if device.type == "cuda" else 1
     inputs = [make_inputs(shape, dtype, device) for _ in range(sets)]
     rows = []
     with torch.no_grad():
-        seconds = timer(lambda i: gspn2_scan(*inputs[i], directions=shape.directions), sets)
-        row = dict(shape=name, dtype=dtype_name, work="forward", us=seconds * 1e6)
-        row |= dict(floor_us=bytes_moved / bandwidth * 1e6, fraction=bytes_moved / bandwidth / seconds)
-        row["error"] = largest_error(inputs[0], shape)
-        start = time.perf_counter()
-        for _ in range(50):
-            gspn2_scan(*inputs[0], directions=shape.directions)
-        # Without waiting for the GPU: what Python spends, as long as the GPU keeps up.
-        row["python_us"] = (time.perf_counter() - start) / 50 * 1e6
+        first = scans_planes(inputs[0][0], shape.H, shape.W, shape.D, shape.G)
+        row = dict(shape=name, dtype=dtype_name, work="forward")
+        if first:
+            featured = [make_features(shape, dtype, device) for _ in range(sets)]
+            row["planes_us"] = timer(lambda i: scan_features(*featured[i], shape), sets) * 1e6
+            row["error"] = error_of_planes(*featured[0], shape)
+            row["python_us"] = python_us(lambda: scan_features(*featured[0], shape))
+            del featured
+        row["last_us"] = timer(lambda i: gspn2_scan(*inputs[i], directions=shape.directions), sets) * 1e6
+        if not first:
+            row["error"] = error_of_last(inputs[0], shape)
+            row["python_us"] = python_us(lambda: gspn2_scan(*inputs[0], directions=shape.directions))
+        row["us"] = row["planes_us"] if first else row["last_us"]
+        row |= dict(floor_us=bytes_moved / bandwidth * 1e6, fraction=bytes_moved / bandwidth / row["us"] * 1e6)
         if compare and shape.output_gate:
             if max(shape.H, shape.W) <= LONGEST_LOOP:
                 loop = compiled_loop(shape)
@@ -203,6 +240,8 @@ def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare:
                 q, k, v = (torch.randn(heads, device=device, dtype=dtype) for _ in range(3))
                 row["sdpa_us"] = attempt("SDPA", lambda: timer(lambda _: F.scaled_dot_product_attention(q, k, v)) * 1e6)
         rows.append(row)
+        if not backward:
+            return rows
 
         x, lam, u, logits = inputs[0]
         indices = [ALL.index(d) for d in shape.directions]
@@ -221,9 +260,13 @@ def scaling(timer: Timer, sides: list[int]) -> list[dict]:
     rows: list[dict] = []
     for side in sides:
         shape = Shape(1, side, side, 16)
-        inputs = make_inputs(shape, torch.bfloat16, timer.device)
         with torch.no_grad():
-            seconds = timer(lambda _, inputs=inputs: gspn2_scan(*inputs))
+            if scans_planes(torch.empty(0, dtype=torch.bfloat16, device=timer.device), side, side, shape.D):
+                features = make_features(shape, torch.bfloat16, timer.device)
+                seconds = timer(lambda _, features=features: scan_features(*features, shape))  # noqa: B023
+            else:
+                inputs = make_inputs(shape, torch.bfloat16, timer.device)
+                seconds = timer(lambda _, inputs=inputs: gspn2_scan(*inputs))
         rows.append(dict(side=side, us=seconds * 1e6, ratio=seconds * 1e6 / rows[-1]["us"] if rows else None))
     return rows
 
@@ -264,6 +307,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--sides", nargs="*", type=int, default=[256, 512, 1024, 2048])
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-backward", action="store_true", help="only the forward")
     parser.add_argument("--no-compare", action="store_true", help="only the scan itself")
     return parser.parse_args()
 
@@ -283,7 +327,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                new = measure(shape, dtype, timer, bandwidth, not args.no_compare)
+                new = measure(shape, dtype, timer, bandwidth, not args.no_compare, not args.no_backward)
             except torch.OutOfMemoryError as error:
                 print(f"{shape} {dtype}: {str(error).splitlines()[0]}")
                 continue

@@ -94,6 +94,30 @@ GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, 
                      : "memory");
     }
 }
+// A place in another block's shared memory, and the signal there that counts what is sent to it.
+struct Remote {
+    unsigned data, signal;
+};
+GSPN2_DEVICE Remote remote(float* target, Signal* signal, int rank) { return {peer_address(target, rank), peer_address(signal, rank)}; }
+// `values` to this many floats behind it, counted by the signal so many behind its own, if `condition`; without a branch.
+template <int N>
+GSPN2_DEVICE void send_if(bool condition, const Remote& to, int offset, int signal, const float (&values)[N]) {
+    static_assert(N == 1 || N == 2 || N == 4, "one vector of words");
+    const unsigned data = to.data + 4 * offset, on = to.signal + 8 * signal, sends = condition;
+    if constexpr (N == 4) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %6, 0; @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5]; }" ::"r"(data),
+                     "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(on), "r"(sends)
+                     : "memory");
+    } else if constexpr (N == 2) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %4, 0; @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3]; }" ::"r"(data),
+                     "f"(values[0]), "f"(values[1]), "r"(on), "r"(sends)
+                     : "memory");
+    } else {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2]; }" ::"r"(data),
+                     "f"(values[0]), "r"(on), "r"(sends)
+                     : "memory");
+    }
+}
 // A map's box at these coordinates, channels fastest, into shared memory (128-byte aligned); zeros where the tensor has nothing.
 GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int position, int line, int direction, int batch, Signal* signal) {
     asm volatile(
@@ -129,7 +153,30 @@ GSPN2_DEVICE void engine_fence() {}
 GSPN2_DEVICE void signal_wait(Signal*, int) {}
 template <int N>
 GSPN2_DEVICE void send(float*, const float (&)[N], Signal*, int) {}
+struct Remote {
+    unsigned data, signal;
+};
+GSPN2_DEVICE Remote remote(float*, Signal*, int) { return {}; }
+template <int N>
+GSPN2_DEVICE void send_if(bool, const Remote&, int, int, const float (&)[N]) {}
 #endif
+
+// A vector of words to global memory if `condition`; without a branch.
+template <int WORDS>
+GSPN2_DEVICE void store_words_if(bool condition, void* to, const unsigned (&words)[WORDS]) {
+    static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4, "one vector");
+    const unsigned stores = condition;
+    if constexpr (WORDS == 4) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(to), "r"(words[0]), "r"(words[1]),
+                     "r"(words[2]), "r"(words[3]), "r"(stores)
+                     : "memory");
+    } else if constexpr (WORDS == 2) {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2}; }" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(stores)
+                     : "memory");
+    } else {
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.global.b32 [%0], %1; }" ::"l"(to), "r"(words[0]), "r"(stores) : "memory");
+    }
+}
 
 // Two units in the last place; results below 1.2e-38 are 0.
 GSPN2_DEVICE float fast_exp(float value) {
@@ -164,6 +211,26 @@ GSPN2_DEVICE void to_floats(unsigned word, Half, float& low, float& high) {
 }
 GSPN2_DEVICE void to_floats(unsigned word, BFloat16, float& low, float& high) {
     low = __uint_as_float(word << 16), high = __uint_as_float(word & 0xffff0000u);
+}
+
+GSPN2_DEVICE float bits_as_float(unsigned bits) { return __uint_as_float(bits); }
+GSPN2_DEVICE unsigned float_as_bits(float value) { return __float_as_uint(value); }
+
+// A word's elements, each plus `value`, in their own type.
+GSPN2_DEVICE unsigned add_words(unsigned word, float value) { return __float_as_uint(__uint_as_float(word) + value); }
+GSPN2_DEVICE unsigned add_words(unsigned word, Half value) {
+    unsigned result;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(value.bits * 0x10001u));
+    return result;
+}
+GSPN2_DEVICE unsigned add_words(unsigned word, BFloat16 value) {
+#if __CUDA_ARCH__ >= 900
+    unsigned result;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(word), "r"(value.bits * 0x10001u));
+    return result;
+#else
+    return word;  // planes are scanned on Hopper only
+#endif
 }
 
 template <typename T>

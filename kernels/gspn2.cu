@@ -5,9 +5,11 @@
 // tensors (1 lam, 2 u, 4 the forward's state or the backward's partial sums); DECAY, whether the state decays by 1 - lam.
 // BULK and BULK_BACKWARD, those of bulk.cuh and bulk_backward.cuh, have CHANNELS of a scanning lane and WIDTH of a block instead
 // of VEC, SETS and LANES; PLACES, positions of a lane; BATCH, lines of a box; and HALO, lines between exchanges in a cluster.
+// PLANES, that of planes.cuh, has SETS, too, and PLACES and LINES of a box twice: for scans along rows and along columns.
 #include "backward.cuh"
 #include "bulk_backward.cuh"
 #include "forward.cuh"
+#include "planes.cuh"
 
 #if GSPN2_CLUSTER > 1
 #define GSPN2_KERNEL extern "C" __global__ void __cluster_dims__(GSPN2_CLUSTER, 1, 1) __launch_bounds__(GSPN2_THREADS, 1)
@@ -24,6 +26,12 @@ GSPN2_KERNEL gspn2_forward(const Params p) { scan_forward<GSPN2_CHOICES>(p); }
 #elif defined(GSPN2_BULK)
 GSPN2_KERNEL gspn2_bulk(const __grid_constant__ BulkParams p) {
     scan_bulk<GSPN2_BOX_CHOICES>(p);
+}
+#elif defined(GSPN2_PLANES)
+GSPN2_KERNEL gspn2_planes(const __grid_constant__ PlaneParams p) {
+    scan_planes<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_SPAN_COLUMNS, GSPN2_PLACES_ROWS, GSPN2_PLACES_COLUMNS,
+                GSPN2_LINES_ROWS, GSPN2_LINES_COLUMNS, GSPN2_UNIT_ROWS, GSPN2_UNIT_COLUMNS, GSPN2_SLOTS, GSPN2_HALO, GSPN2_CLUSTER,
+                GSPN2_HAS, GSPN2_DECAY>(p);
 }
 #elif defined(GSPN2_BULK_BACKWARD)
 GSPN2_KERNEL gspn2_bulk_backward(const __grid_constant__ BulkParams p) {

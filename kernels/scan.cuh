@@ -124,8 +124,9 @@ struct Place {
     int start, positions, owned;     // this block's first position, its share, and how many of them exist
 };
 
-// LEAST: positions of a share, so that all that a block hands over is its own, and no thread is both edges of it.
-template <int CLUSTER, int LEAST = 2>
+// LEAST: positions of a share, so that all that a block hands over is its own, and no thread is both edges of it. Shares begin
+// at multiples of UNIT.
+template <int CLUSTER, int LEAST = 2, int UNIT = 1>
 GSPN2_DEVICE Place find_place(const Params& p) {
     Place at;
     int rest = blockIdx.x;
@@ -144,6 +145,7 @@ GSPN2_DEVICE Place find_place(const Params& p) {
     at.last = lines - at.first < p.segment ? lines : at.first + p.segment;
     at.positions = (at.length + CLUSTER - 1) / CLUSTER;
     if (CLUSTER > 1 && at.positions < LEAST) at.positions = LEAST;
+    at.positions = (at.positions + UNIT - 1) / UNIT * UNIT;
     at.start = at.rank * at.positions;
     at.owned = at.length - at.start < at.positions ? at.length - at.start : at.positions;
     if (at.owned < 0) at.owned = 0;

@@ -111,3 +111,31 @@ def assert_close(name: str, got: torch.Tensor, expected: torch.Tensor, tolerance
     error = (got.double().cpu() - expected.double().cpu()).abs().max().item() if got.numel() else 0.0
     scale = expected.double().abs().max().item() if got.numel() else 1.0
     assert error <= tolerance * max(scale, 0.1), f"{name}: error {error:.3g} on values up to {scale:.3g}"
+
+
+def make_features(
+    case: Case, dtype: torch.dtype, seed: int = 0, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(F, B, H, W) and (F,): what `gspn2_scan_planes` takes; lam with its bias in [0, 1], others normal."""
+    generator = torch.Generator().manual_seed(seed)
+    B, H, W, D, G = case[:5]
+    K = len(case.directions)
+    gate = (1 if case.gates == "shared" else K) * D
+    lam = 0 if case.gates == "none" else gate
+    count = D + lam + (gate if case.gates in ("each", "shared") else 0) + K * G * 3
+    count += -count % 8
+    features = torch.randn(count, B, H, W, generator=generator, dtype=torch.float64)
+    bias = torch.randn(count, generator=generator, dtype=torch.float64)
+    features[D : D + lam] = torch.rand(lam, B, H, W, generator=generator, dtype=torch.float64) / 2
+    bias[D : D + lam] = torch.rand(lam, generator=generator, dtype=torch.float64) / 2
+    return features.to(device, dtype), bias.to(device, dtype)
+
+
+def planes_options(case: Case) -> dict:
+    return case.options | dict(
+        channels=case.D,
+        groups=case.G,
+        shared_gates=case.gates == "shared",
+        input_gate=case.gates != "none",
+        output_gate=case.gates in ("each", "shared"),
+    )

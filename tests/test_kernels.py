@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from gspn2_diffusion.ops import cuda, eager
+from gspn2_diffusion.ops import cuda, eager, planes
 from gspn2_diffusion.ops.cuda import Device, Launch, Work
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
@@ -287,7 +287,7 @@ def test_a_plan_follows_other_tensors(case, known, monkeypatch):
     if case.fused:
         first, second = in_boxes(first), in_boxes(second)
     plan = cuda.Plan(tuple(first), *options(case), case.decay)
-    assert bool(launches[0].boxes) == case.fused and bool(plan.maps) == (case.fused and not known)
+    assert bool(launches[0].boxes) == case.fused and bool(plan.launch.maps) == (case.fused and not known)
     for inputs in (second, first):
         exact = [t if t is None else t.double() for t in inputs]
         assert_close("y", plan(tuple(inputs)), eager.scan_forward(*exact, *options(case), False, case.decay)[0])
@@ -328,6 +328,7 @@ SHAPES = {
     "bottom-9x16": (2, 9, 16, 160, 1, 4),
     "odd": (1, 57, 31, 3, 1, 4),
     "groups": (2, 64, 64, 40, 2, 4),
+    "narrow": (1, 256, 256, 16, 1, 4),
 }
 
 
@@ -510,6 +511,23 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
                 # The most that a kernel has: the state that the forward saves, the backward's sums over blocks.
                 has = (1 if name == "first-gspn" else 3) + 4 * (not backward or variant.parts > 1)
                 jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype, has, decay)))
+    for name, size in [
+        ("sdxl-1024-1280", 2),
+        ("sdxl-1024-640", 2),
+        ("sdxl-4k-1280", 2),
+        ("narrow", 2),
+        ("sdxl-8k-640", 2),
+        ("sd15-8k-320", 2),
+        ("longest", 2),
+        ("first-gspn", 4),
+        ("first-gspn", 2),
+    ]:
+        B, H, W, D, G, K = SHAPES[name]
+        layout = planes.Layout(D, G, tuple(range(K)), K, True, G == 1)
+        dtype = torch.float32 if size == 4 else torch.bfloat16
+        from_planes = planes.choose(planes.Work(B, H, W, layout, 0, size, False), DEVICES["h100"])
+        assert from_planes is not None
+        jobs.add(("90", planes.defines(from_planes, dtype, 1 + 2 * (G == 1) + 4, False)))
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import gspn2_scan
+from ..ops import gspn2_scan, gspn2_scan_planes, scans_planes
 from .config import GSPN2Config
 
 # Attention's own share of the text is not known without data; it is learnt for each head from here.
@@ -102,7 +102,7 @@ class GSPN2Layer(nn.Module):
             (B, N, out_channels), to be passed to the attention's output projection.
         """
         scanned = self.scan(hidden_states, height, width, segments)
-        if self._plain_out():
+        if _plain(self.scan_out):
             mixed = F.linear(scanned, self.scaled_out_weight(height, width))
         else:
             mixed = self.scan_out(scanned * self._scales(height, width, scanned))
@@ -113,6 +113,8 @@ class GSPN2Layer(nn.Module):
     def scan(self, hidden_states: Tensor, height: int, width: int, segments: Sequence[tuple[int, int]] = ()) -> Tensor:
         """(B, N, C) -> (B, N, K * D), or (B, N, D) with merge "sum": the part before `scan_out`."""
         config = self.config
+        if self._scans_planes(hidden_states, height, width, segments):
+            return self._scan_planes(hidden_states, height, width)
         scan = gspn2_scan if self.rows is None else self.rows.scan
         y = scan(
             *self.scan_inputs(hidden_states, height, width, segments),
@@ -126,6 +128,31 @@ class GSPN2Layer(nn.Module):
             y = y.flatten(3)
         return off_canvas(y, segments) if len(segments) > 1 else y.flatten(1, 2)
 
+    def _scans_planes(
+        self, hidden_states: Tensor, height: int, width: int, segments: Sequence[tuple[int, int]]
+    ) -> bool:
+        """Whether the features come first (`gspn2_scan_planes`): where that is faster, and needs no gradient."""
+        config = self.config
+        plain = self.rows is None and len(segments) <= 1 and not config.decay and config.segment is None
+        inference = not torch.is_grad_enabled() and _plain(self.scan_in)
+        return inference and plain and scans_planes(hidden_states, height, width, self.width, config.groups)
+
+    def _scan_planes(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
+        """`scan` with the projection's product the other way round, and its bias added by the scan."""
+        config, (batch, count, _) = self.config, hidden_states.shape
+        features = torch.mm(self.scan_in.weight, hidden_states.flatten(0, 1).t())
+        y = gspn2_scan_planes(
+            features.view(-1, batch, height, width),
+            self.scan_in.bias.to(features.dtype),
+            channels=self.width,
+            groups=config.groups,
+            shared_gates=self.gate_directions == 1,
+            directions=config.directions,
+            normalizer=config.normalizer,
+            merge=config.merge,
+        )
+        return y.flatten(1).t().unflatten(0, (batch, count))
+
     def stays_out_of_parts(self, attention: str) -> None:
         """Leaves this layer out of the state dict of a *part* of the model in which it replaces `attention`.
 
@@ -135,13 +162,6 @@ class GSPN2Layer(nn.Module):
         self.full_prefix = f"{attention}.gspn2."
         if not self._state_dict_hooks:
             self._register_state_dict_hook(_drop_from_parts)
-
-    def _plain_out(self) -> bool:
-        """Whether `scan_out`'s weight may be read without calling the module. Offloading and layerwise casting act when
-        a module is called, quantisation puts another type in the weight's place."""
-        out = self.scan_out
-        hooked = hasattr(out, "_hf_hook") or hasattr(out, "_diffusers_hook") or bool(out._forward_pre_hooks)
-        return type(out) is nn.Linear and type(out.weight) in (nn.Parameter, Tensor) and not hooked
 
     def _lines(self, height: int, width: int) -> list[int]:
         """The number of lines that each direction gathers over: one where it takes a mean of them."""
@@ -182,6 +202,14 @@ class GSPN2Layer(nn.Module):
         if self.config.merge == "sum" or all(n == lines[0] for n in lines):
             return weight * (len(lines) / sum(lines))
         return torch.cat([part / n for part, n in zip(weight.split(self.width, dim=1), lines, strict=True)], dim=1)
+
+
+def _plain(linear: nn.Linear) -> bool:
+    """Whether its weight may be read without calling the module. Offloading and layerwise casting act when a module is
+    called, quantisation puts another type in the weight's place."""
+    hooked = hasattr(linear, "_hf_hook") or hasattr(linear, "_diffusers_hook")
+    hooked = hooked or bool(linear._forward_pre_hooks or linear._forward_hooks)
+    return type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and not hooked
 
 
 def _drop_from_parts(layer: GSPN2Layer, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -9,7 +9,7 @@ import itertools
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
@@ -116,12 +116,13 @@ class Launch(NamedTuple):
     cluster: int
     shared: int
     boxes: tuple[Box, ...] = ()
+    maps: int = 2 * MAPS  # places for them
 
     def arguments(self, encode: Callable[[Box], bytes]) -> bytearray:
         """The kernel's parameters, a multiple of 64 bytes where it has maps."""
         if not self.boxes:
             return bytearray(self.params)
-        packed = bytearray(2 * MAPS * MAP_BYTES) + self.params
+        packed = bytearray(self.maps * MAP_BYTES) + self.params
         packed += bytes(-len(packed) % 64)
         for box in self.boxes:
             packed[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encode(box).ljust(MAP_BYTES, b"\0")
@@ -792,6 +793,34 @@ Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Ten
 """x, lam, u, logits."""
 
 
+class Repeated:
+    """A launch worked out once, of which only addresses change: in its maps, and where `words` says, (64-bit word of
+    the parameters, tensor)."""
+
+    def __init__(self, launch: Launch, index: int, words: Iterable[tuple[int, int]] = ()) -> None:
+        self.index = index
+        self.function = _function(launch, index)
+        self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
+        self.params = launch.arguments(encode_box)
+        places = [(box, _template(box)[1]) for box in launch.boxes]
+        self.words = [
+            *words,
+            *(((box.place * MAP_BYTES + at) // 8, box.tensor) for box, at in places if at is not None),
+        ]
+        self.maps = [box for box, at in places if at is None]  # that this driver keeps in another way
+
+    def __call__(self, addresses: Sequence[int]) -> None:
+        """`addresses`: of each tensor by its number."""
+        params = self.params[:]
+        words = memoryview(params).cast("Q")
+        for word, tensor in self.words:
+            words[word] = addresses[tensor]
+        for box in self.maps:
+            encoded = encode_box(box._replace(address=addresses[box.tensor]))
+            params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
+        self.function(self.grid, self.block, (_packed(params),), self.shared, _stream(self.index))
+
+
 class Plan:
     """A forward that needs no gradient, worked out once: a call only fills in addresses and launches.
 
@@ -810,45 +839,23 @@ class Plan:
         launches: list[Launch] = []
         y, _ = scan_forward(*tensors, directions, softmax, segment, False, False, decay, execute=launches.append)
         (launch,) = launches
-        self.index = y.device.index
-        self.function = _function(launch, self.index)
-        self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
-        self.params = launch.arguments(encode_box)
-        # Which words hold the address of which of x, lam, u, logits, the state and y: of scan.cuh's Params the first of
-        # each view's six.
-        words = [(6 * tensor, tensor) for tensor in range(6)]
-        self.maps: list[Box] = []  # that this driver keeps in another way
-        if launch.boxes:
-            places = [(box, _template(box)[1]) for box in launch.boxes]
-            words = [((box.place * MAP_BYTES + at) // 8, box.tensor) for box, at in places if at is not None]
-            self.maps = [box for box, at in places if at is None]
-        self.words = [(word, tensor) for word, tensor in words if tensor < 4 and tensors[tensor] is not None]
-        self.y_words = [word for word, tensor in words if tensor == 5]
+        # Of scan.cuh's Params the first word of each view's six is the address of x, lam, u, logits, the state and y.
+        given = [] if launch.boxes else [n for n in (0, 1, 2, 3, 5) if n > 3 or tensors[n] is not None]
+        self.launch = Repeated(launch, y.device.index, [(6 * n, n) for n in given])
         self.shape = y.shape
         self.merge_sum = merge_sum
 
     def __call__(self, tensors: Inputs) -> torch.Tensor:
         y = tensors[0].new_empty(self.shape)
-        params = self.params[:]
-        words = memoryview(params).cast("Q")
-        for word, tensor in self.words:
-            words[word] = tensors[tensor].data_ptr()  # type: ignore[union-attr]
-        address = y.data_ptr()
-        for word in self.y_words:
-            words[word] = address
-        for box in self.maps:
-            moved = y if box.tensor == 5 else tensors[box.tensor]
-            encoded = encode_box(box._replace(address=moved.data_ptr()))  # type: ignore[union-attr]
-            params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
-        self.function(self.grid, self.block, (_packed(params),), self.shared, _stream(self.index))
+        self.launch([*(0 if t is None else t.data_ptr() for t in tensors), 0, y.data_ptr()])
         return y.sum(3, dtype=y.dtype) if self.merge_sum else y
 
 
-_plans: dict[tuple, Plan] = {}
+_plans: dict[tuple, Any] = {}
 _MOST_PLANS = 4096
 
 
-def plan_key(tensors: Inputs, directions: Sequence[str], *options: Any) -> tuple | None:
+def plan_key(tensors: Sequence[torch.Tensor | None], directions: Sequence[str], *options: Any) -> tuple | None:
     """What a Plan depends on, or None where there can be none: torch's own machinery has to see those calls, and the
     checks of the arguments those that are not of the right kind."""
     x = tensors[0]
@@ -872,11 +879,11 @@ atexit.register(_functions.clear)
 atexit.register(_plans.clear)
 
 
-def planned(key: tuple) -> Plan | None:
+def planned(key: tuple) -> Any:
     return _plans.get(key)
 
 
-def remember(key: tuple, plan: Plan) -> Plan:
+def remember(key: tuple, plan: Any) -> Any:
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     _plans[key] = plan

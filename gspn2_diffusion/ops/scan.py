@@ -1,17 +1,18 @@
-"""`gspn2_scan`: checks its arguments and runs the scan as a `torch.library` operator with autograd.
+"""`gspn2_scan` and `gspn2_scan_planes`: check their arguments and run the scan as `torch.library` operators.
 
-Two operators, `gspn2::scan` and `gspn2::scan_backward`. The forward saves the state h (K D elements a pixel, in the
+`gspn2::scan` and `gspn2::scan_backward` read channels last. The forward saves the state h (K D elements a pixel, in the
 storage type) only when a gradient will be asked for; without it the backward would run the forward scan again and store
 h anyway. With `u=None` and `merge="concat"` y is h and nothing more is saved. On CUDA they run `cuda.py`'s kernels;
-elsewhere, and in float64, `eager.py`'s torch.
+elsewhere, and in float64, `eager.py`'s torch. `gspn2::scan_planes` reads a projection's output feature by feature and
+has no gradient of its own: with one, `gspn2_scan_planes` is `gspn2_scan` of its parts.
 """
 
 from typing import Any
 
 import torch
 
-from . import cuda, eager
-from .validation import DIRECTIONS, ScanOptions, check_inputs
+from . import cuda, eager, planes
+from .validation import DIRECTIONS, ScanOptions, check_features, check_inputs
 
 _OPTIONS = "int[] directions, bool softmax, int segment, bool merge_sum"
 
@@ -135,3 +136,118 @@ def gspn2_scan(
     if key is not None:
         return cuda.remember(key, cuda.Plan(tensors, *options, decay))(tensors)
     return _scan(*tensors, *options, save_state, decay)[0]
+
+
+@torch.library.custom_op(
+    "gspn2::scan_planes",
+    mutates_args=(),
+    schema="(Tensor features, Tensor? bias, int channels, int groups, int gates, bool lam, bool u, "
+    + _OPTIONS
+    + ", bool decay=False)"
+    " -> Tensor",
+)
+def _scan_planes(features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False):
+    layout = planes.Layout(channels, groups, tuple(directions), gates, lam, u)
+    y = None
+    if features.is_cuda and features.dtype in cuda.STORAGE_NAMES:
+        with torch.cuda.device(features.device):
+            y = planes.scan(features, bias, layout, softmax, segment, decay)
+    if y is None:
+        inputs = _parts(features, bias, layout)
+        y = _planes_of(_scan(*inputs, directions, softmax, segment, False, False, decay)[0])
+    return planes.sum_of_directions(y, len(directions)) if merge_sum else y
+
+
+@_scan_planes.register_fake
+def _(features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False):
+    return features.new_empty((1 if merge_sum else len(directions)) * channels, *features.shape[1:])
+
+
+def _parts(features: torch.Tensor, bias: torch.Tensor | None, layout: planes.Layout) -> Any:
+    """Channels last."""
+    parts = planes.parts(features if bias is None else features + bias[:, None, None, None], layout)
+    return [t if t is None else t.contiguous() for t in parts]
+
+
+def _planes_of(y: torch.Tensor) -> torch.Tensor:
+    """(B, H, W, K, D) or (B, H, W, D) -> (K D or D, B, H, W)."""
+    return y.flatten(3).permute(3, 0, 1, 2).contiguous()
+
+
+def gspn2_scan_planes(
+    features: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    channels: int,
+    groups: int = 1,
+    shared_gates: bool = False,
+    input_gate: bool = True,
+    output_gate: bool = True,
+    directions: tuple[str, ...] = DIRECTIONS,
+    normalizer: str = "sigmoid",
+    segment: int | None = None,
+    merge: str = "concat",
+    decay: bool = False,
+) -> torch.Tensor:
+    """`gspn2_scan` of a projection's output whose features come first: W @ tokens.T instead of tokens @ W.T.
+
+    On Hopper this is the fastest way to scan most maps without gradient: whatever the direction and the channels, what
+    a block of the kernel reads is whole parts of memory (docs/kernel.md). Elsewhere, with gradients and in shapes that
+    the kernel does not have, the parts are copied to channels last and scanned by `gspn2_scan`.
+
+    Args:
+        features: (F, B, H, W), one after another x (D), lam (K D), u (K D), logits (K G 3) and whatever pads them; with
+            gates shared by the directions lam and u have D each; D = channels, K = len(directions), G = groups.
+        bias: (F,), added to the features, in their type; None for none.
+        channels: D.
+        groups: G.
+        shared_gates: whether the directions share lam and u.
+        input_gate, output_gate: whether there are lam and u; else they are 1 and have no features.
+        directions, normalizer, segment, merge, decay: as in `gspn2_scan`.
+
+    Returns:
+        (K D, B, H, W), or (D, B, H, W) with merge="sum".
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it needs.
+    """
+    shape = (channels, groups, shared_gates, input_gate, output_gate)
+    key = cuda.plan_key((features, bias), directions, shape, normalizer, segment, merge, decay)
+    if key is not None and (plan := cuda.planned(key)) is not None:
+        return plan(features, bias)
+    check_features(features, bias, channels, groups, ScanOptions(directions, normalizer, segment, merge, decay))
+    indices = [DIRECTIONS.index(d) for d in directions]
+    layout = planes.Layout(
+        channels, groups, tuple(indices), 1 if shared_gates else len(indices), input_gate, output_gate
+    )
+    if sum(layout.sizes) > features.shape[0]:
+        raise ValueError(
+            f"`features` has {features.shape[0]} planes and these options need {sum(layout.sizes)}; pass the output of "
+            "a projection to as many."
+        )
+    if torch.is_grad_enabled() and (features.requires_grad or (bias is not None and bias.requires_grad)):
+        inputs = _parts(features, bias, layout)
+        y = gspn2_scan(*inputs, directions=directions, normalizer=normalizer, segment=segment, merge=merge, decay=decay)
+        return _planes_of(y)
+    chosen = (indices, normalizer == "softmax", segment or 0, merge == "sum", decay)
+    if key is not None:
+        launches: list[cuda.Launch] = []
+        scanned = planes.scan(features, bias, layout, *chosen[1:3], decay, execute=launches.append)
+        if scanned is not None:
+            count = len(indices) if merge == "sum" else 0
+            plan = planes.Plan(features, bias, launches[0], tuple(scanned.shape), count)
+            return cuda.remember(key, plan)(features, bias)
+    return _scan_planes(features, bias, channels, groups, layout.gates, input_gate, output_gate, *chosen)
+
+
+def scans_planes(tensor: torch.Tensor, height: int, width: int, channels: int, groups: int = 1) -> bool:
+    """Whether `gspn2_scan_planes` is the faster way to scan such maps without gradient, on `tensor`'s device and in its
+    type."""
+    size = tensor.element_size()
+    known = tensor.dtype in cuda.STORAGE_NAMES and planes.row_of(height, width, channels, groups, size) is not None
+    return known and tensor.is_cuda and _has_planes(tensor.get_device())
+
+
+@torch.compiler.assume_constant_result
+def _has_planes(index: int) -> bool:
+    return cuda.device_limits(index).boxes

@@ -85,3 +85,29 @@ def check_inputs(
             f"`logits` has G = {logits.shape[4]} groups, which does not divide the D = {D} channels of `x`; "
             "choose a G that divides D."
         )
+
+
+def check_features(
+    features: torch.Tensor, bias: torch.Tensor | None, channels: int, groups: int, options: ScanOptions
+) -> None:
+    """Raise a ValueError or TypeError that names the argument, what it got and what it needs."""
+    check_options(options)
+    if not isinstance(features, torch.Tensor):
+        raise TypeError(f"`features` is a {type(features).__name__}; pass a tensor.")
+    if features.dtype not in STORAGE_TYPES:
+        raise TypeError(f"`features` is {features.dtype}; convert it to {' or '.join(map(str, STORAGE_TYPES))}.")
+    if features.dim() != 4 or 0 in features.shape:
+        raise ValueError(f"`features` has shape {tuple(features.shape)}; pass (F, B, H, W), each at least 1.")
+    for name, value in (("channels", channels), ("groups", groups)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; pass a number of at least 1.")
+    if channels % groups:
+        raise ValueError(f"`groups` is {groups}, which does not divide the {channels} channels; choose one that does.")
+    if bias is not None:
+        if not isinstance(bias, torch.Tensor) or bias.dtype != features.dtype or bias.device != features.device:
+            raise TypeError(
+                f"`bias` is {getattr(bias, 'dtype', type(bias).__name__)} on {getattr(bias, 'device', 'no device')}; "
+                f"pass {features.dtype} on {features.device}, as `features` is."
+            )
+        if bias.shape != features.shape[:1] or not bias.is_contiguous():
+            raise ValueError(f"`bias` has shape {tuple(bias.shape)}; pass {tuple(features.shape[:1])}, contiguous.")

@@ -85,7 +85,9 @@ class _Fold:
         if not self.applies(hidden_states, options):
             return type(self.layer).forward(self.layer, hidden_states, height, width, **options)
         scanned = self.layer.scan(hidden_states, height, width)
-        self.done = F.linear(scanned, self.folded_weight(height, width), self.linear.bias)
+        # One product with its bias, also where the features come first.
+        done = F.linear(scanned.flatten(0, 1), self.folded_weight(height, width), self.linear.bias)
+        self.done = done.unflatten(0, scanned.shape[:2])
         return self.done
 
     def project(self, hidden_states: Tensor) -> Tensor:

@@ -245,6 +245,23 @@ GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, 
     ++emulation::machine->progress;
 }
 
+struct Remote {
+    float* data;
+    Signal* signal;
+    int rank;
+};
+GSPN2_DEVICE Remote remote(float* target, Signal* signal, int rank) { return {target, signal, rank}; }
+template <int N>
+GSPN2_DEVICE void send_if(bool condition, const Remote& to, int offset, int signal, const float (&values)[N]) {
+    if (condition) send(to.data + offset, values, to.signal + signal, to.rank);
+}
+template <int WORDS>
+GSPN2_DEVICE void store_words_if(bool condition, void* to, const unsigned (&words)[WORDS]) {
+    if (!condition) return;
+    emulation::check_aligned(to, 4 * WORDS);
+    std::memcpy(to, words, 4 * WORDS);
+}
+
 // What the tests put into the place of the driver's encoding: bytes, and elements of a box.
 struct alignas(64) TensorMap {
     unsigned char* address;
@@ -369,6 +386,24 @@ GSPN2_DEVICE BFloat16 from_float<BFloat16>(float value) {
 template <typename T>
 GSPN2_DEVICE unsigned from_floats(T, float low, float high) {
     return from_float<T>(low).bits | static_cast<unsigned>(from_float<T>(high).bits) << 16;
+}
+
+GSPN2_DEVICE float bits_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+GSPN2_DEVICE unsigned float_as_bits(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+GSPN2_DEVICE unsigned add_words(unsigned word, float value) { return float_as_bits(bits_as_float(word) + value); }
+template <typename T>
+GSPN2_DEVICE unsigned add_words(unsigned word, T value) {
+    float low, high;
+    to_floats(word, value, low, high);
+    return from_floats(value, low + to_float(value), high + to_float(value));
 }
 
 namespace emulation {

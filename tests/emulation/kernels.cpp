@@ -3,6 +3,8 @@
 
 #if defined(GSPN2_BULK) || defined(GSPN2_BULK_BACKWARD)
 using Arguments = BulkParams;
+#elif defined(GSPN2_PLANES)
+using Arguments = PlaneParams;
 #else
 using Arguments = Params;
 #endif
@@ -11,6 +13,8 @@ using Arguments = Params;
 #define KERNEL gspn2_forward
 #elif defined(GSPN2_BULK)
 #define KERNEL gspn2_bulk
+#elif defined(GSPN2_PLANES)
+#define KERNEL gspn2_planes
 #elif defined(GSPN2_BULK_BACKWARD)
 #define KERNEL gspn2_bulk_backward
 #elif defined(GSPN2_BACKWARD)
@@ -37,6 +41,11 @@ extern "C" int needed_shared_bytes(int positions, int stages) {
 #elif defined(GSPN2_BULK_BACKWARD)
     using R = BackwardRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_CHANNELS, GSPN2_PLACES, GSPN2_BATCH, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS>;
     return R::BOXES + stages * R(positions).stage;
+#elif defined(GSPN2_PLANES)
+    // The larger of both ways, `stages` of each.
+    using Rows = PlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_PLACES_ROWS, GSPN2_LINES_ROWS, GSPN2_SLOTS, GSPN2_UNIT_ROWS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, false>;
+    using Columns = PlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_COLUMNS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_COLUMNS, GSPN2_SLOTS, GSPN2_UNIT_COLUMNS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, true>;
+    return std::max(Rows::BOXES + stages * Rows::STAGE, Columns::BOXES + stages * Columns::STAGE);
 #else
     return backward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
 #endif

@@ -1,0 +1,147 @@
+"""Time variants of the scan from planes that a block can have, for each shape: what its table was chosen from.
+
+    python benchmarks/planes.py --out outputs/benchmarks/planes
+
+The table's variant and `--most` others, taken at random (`--seed`) from all that a block can have, are compiled in
+several processes first (CuPy keeps the binaries; those that spill registers are left out), compared with float64 and
+timed as CUDA graphs over rotated inputs. Prints the five fastest of each shape and writes planes.jsonl, a line for each
+variant. Needs a GPU of compute capability 9.0; `--list` does not.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import random
+from pathlib import Path
+
+import torch
+from scan import (
+    ALL,
+    DTYPES,
+    SHAPES,
+    Shape,
+    Timer,
+    copy_bandwidth,
+    error_of_planes,
+    floor_bytes,
+    make_features,
+    scan_features,
+)
+
+from gspn2_diffusion.ops import cuda, planes
+
+H100 = cuda.Device((9, 0), 132, 232448, True)
+NAMES = [name for name in SHAPES if name not in ("tiny", "wide-72x128")]
+WRONG = 0.02  # of the largest value
+MOST_THREADS = 512  # beyond, most spill
+LEAST_SHARE, MOST_SHARE = 32, 136  # positions
+Job = tuple[planes.Variant, torch.dtype, int]
+
+
+def work_of(shape: Shape, dtype: torch.dtype) -> planes.Work:
+    directions = tuple(ALL.index(d) for d in shape.directions)
+    layout = planes.Layout(shape.D, shape.G, directions, len(directions), True, shape.output_gate)
+    return planes.Work(shape.B, shape.H, shape.W, layout, 0, dtype.itemsize, False)
+
+
+def variants(work: planes.Work, most: int, seed: int) -> list[planes.Variant]:
+    """The table's first, if it has one."""
+    found: dict[planes.Variant, None] = {}
+    places = list(itertools.product((1, 2, 3, 4, 5, 6, 8), (1, 2, 4, 8)))
+    lines = list(itertools.product((8, 16, 32), (4, 8, 16)))
+    for cluster, halo, width in itertools.product((1, 2, 4, 8, 16), (8, 16), (1, 2, 3, 4, 5, 6, 8, 10)):
+        if width > work.layout.D or (cluster == 1 and halo > 8) or work.longest > cluster * MOST_SHARE:
+            continue
+        if cluster > 1 and work.longest < cluster * LEAST_SHARE:
+            continue
+        for line, place, units, normalizers in itertools.product(
+            lines, places, ((8, 4), (4, 2), (2, 1)), (4, 6, 8, 10)
+        ):
+            v = planes.make_variant(work, width, cluster, line, place, units, normalizers, halo=halo)
+            if v is None or v.threads > MOST_THREADS or v.grid < 60:
+                continue
+            # A lane may not have as many positions as were asked for; small maps run all blocks at once.
+            asked = all(v.places[along] == place[along] for along in work.ways)
+            if asked and (work.longest > 64 or v.grid <= H100.processors):
+                found[v] = None
+    others = random.Random(seed).sample(list(found), min(most, len(found)))
+    table = planes.choose(work, H100)
+    return [table] * (table is not None) + [v for v in others if v != table]
+
+
+def compile_one(job: Job) -> int:
+    """Bytes of registers that it spills."""
+    import cupy
+
+    options = ("-std=c++17", *planes.defines(*job, False))
+    return cupy.RawModule(code=cuda.kernel_source(), options=options).get_function("gspn2_planes").local_size_bytes
+
+
+def measure(name: str, dtype: torch.dtype, chosen: list[planes.Variant], timer: Timer) -> list[dict]:
+    """Fastest first."""
+    shape = SHAPES[name]
+    sets = max(1, min(8, (200 << 20) // floor_bytes(shape, dtype, False)))
+    features = [make_features(shape, dtype, timer.device) for _ in range(sets)]
+    rows, table = [], planes.choose
+    try:
+        for variant in chosen:
+            planes.choose = lambda _work, _device, variant=variant: variant
+            cuda._plans.clear()
+            row = dict(shape=name, error=error_of_planes(*features[0], shape), variant=list(variant))
+            rows.append(row | dict(us=timer(lambda i: scan_features(*features[i], shape), sets) * 1e6))
+    finally:
+        planes.choose = table
+        cuda._plans.clear()
+    return sorted(rows, key=lambda row: row["us"])
+
+
+def shown(v: planes.Variant) -> str:
+    names = ("width", "cluster", "lines", "places", "units", "stages", "normalizers", "halo", "grid", "threads")
+    return " ".join(f"{name} {getattr(v, name)}" for name in names) + f" {v.shared >> 10} KB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/planes"))
+    parser.add_argument("--shapes", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--most", type=int, default=60, help="variants of a shape")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
+    parser.add_argument("--list", action="store_true", help="only say which there are; needs no GPU")
+    args = parser.parse_args()
+    dtype = DTYPES[args.dtype]
+    chosen = {name: variants(work_of(SHAPES[name], dtype), args.most, args.seed) for name in args.shapes}
+    if args.list:
+        for name in args.shapes:
+            print("\n".join(f"{name} {shown(v)}" for v in chosen[name]))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = {(v, dtype, 7 if SHAPES[name].output_gate else 1) for name in chosen for v in chosen[name]}
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        spills = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
+    spilling = {v for (v, *_), spilled in spills.items() if spilled}
+    print(f"{len(jobs)} kernels, of which {len(spilling)} spill", flush=True)
+    timer = Timer(torch.device("cuda"), 5)
+    bandwidth = copy_bandwidth(timer.device, timer)
+    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s")
+    with (args.out / "planes.jsonl").open("w") as file:
+        for name in args.shapes:
+            rows = measure(name, dtype, [v for v in chosen[name] if v not in spilling], timer)
+            floor = floor_bytes(SHAPES[name], dtype, False) / bandwidth * 1e6
+            print(f"\n{name} {args.dtype}: floor {floor:.1f} us, {len(rows)} variants", flush=True)
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+            table = [row for row in rows if row["variant"] == list(chosen[name][0])]
+            for row in rows[:5] + [row for row in table if row not in rows[:5]]:
+                note = f"{row['error']:.0e}" if row["error"] < WRONG else f"WRONG by {row['error']:.2g}"
+                print(
+                    f"  {row['us']:8.1f} us {floor / row['us']:.2f}  {note}  {shown(planes.Variant(*row['variant']))}"
+                )
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

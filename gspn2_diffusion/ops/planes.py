@@ -1,0 +1,388 @@
+"""The scan of a projection's output that lies in planes, a map for each feature: what inference takes on Hopper.
+
+`choose` is the table; docs/kernel.md says why. What launches is `cuda.py`'s.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from . import cuda
+from .cuda import Box, Device, Launch
+
+MOST_STAGES = 8  # of a ring
+MOST_SLOTS = 4  # chunks of weights
+MOST_PLACES = 8  # positions of a lane
+SERVANTS = 2  # warps: the loading and the storing thread's
+MAPS = 3  # of features, logits and y, for each of both ways along a map
+FEATURES, BIAS, Y = 0, 1, 5  # tensors, by the number that a launch's boxes have
+WAYS = ("ROWS", "COLUMNS")
+
+
+class Layout(NamedTuple):
+    """Which features are what: x (D), lam and u (`gates` x D each, where they are), logits (K x G x 3)."""
+
+    D: int
+    G: int
+    directions: tuple[int, ...]
+    gates: int  # directions that have gates of their own: K, or 1 where they share them
+    lam: bool
+    u: bool
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        gate = self.gates * self.D
+        return self.D, gate * self.lam, gate * self.u, len(self.directions) * self.G * 3
+
+
+class Work(NamedTuple):
+    """What the choice of a variant depends on."""
+
+    B: int
+    H: int
+    W: int
+    layout: Layout
+    segment: int  # lines, 0 for all
+    size: int  # bytes of an element
+    decay: bool
+
+    @property
+    def ways(self) -> tuple[int, ...]:
+        """0: scans along rows, whose lines are columns; 1: along columns."""
+        return tuple(sorted({direction // 2 for direction in self.layout.directions}))
+
+    def length(self, along: int) -> int:
+        """Positions of a line."""
+        return self.W if along else self.H
+
+    def lines(self, along: int) -> int:
+        """Of a segment."""
+        return min(self.segment or 1 << 30, self.H if along else self.W)
+
+    @property
+    def longest(self) -> int:
+        return max(self.length(along) for along in self.ways)
+
+    @property
+    def segments(self) -> int:
+        return max(-(-(self.H if along else self.W) // self.lines(along)) for along in self.ways)
+
+
+class Variant(NamedTuple):
+    width: int  # channels of a slice
+    sets: int  # of weights: one, or one for each channel
+    cluster: int
+    # For scans along rows and along columns.
+    spans: tuple[int, int]  # positions of a block, halos included
+    shares: tuple[int, int]  # without
+    places: tuple[int, int]  # positions of a lane
+    lines: tuple[int, int]  # of a box
+    units: tuple[int, int]  # what a normalising lane does at once
+    stages: tuple[int, int]
+    slots: int
+    halo: int
+    normalizers: int  # warps
+    slices: int
+    threads: int
+    shared: int
+    grid: int
+    promotion: int
+
+
+def _up(count: int, unit: int = 1024) -> int:
+    return -(-count // unit) * unit
+
+
+def lane_places(span: int, most: int, along: int) -> int:
+    """Positions of a lane, `most` at most where that is possible. Where a line is a row, lanes read theirs at once: a
+    power of two."""
+    fitting = [n for n in range(1, MOST_PLACES + 1) if span % n == 0 and span <= 32 * n]
+    kinds = [n for n in fitting if n & (n - 1) == 0] if along else fitting
+    return max([n for n in kinds if n <= most] or kinds[:1], default=0)
+
+
+def make_variant(
+    work: Work,
+    width: int,
+    cluster: int = 1,
+    lines: tuple[int, int] = (32, 16),
+    places: tuple[int, int] = (5, 4),
+    units: tuple[int, int] = (4, 4),
+    normalizers: int = 4,
+    slots: int = 3,
+    halo: int = 8,
+    promotion: int = 2,
+    shared: int = 227 << 10,
+    most_stages: int = MOST_STAGES,
+) -> Variant | None:
+    """The variant with these choices (of `places` and `units` the most) and as many stages as `shared` bytes hold, None
+    where a block cannot have it."""
+    D, G = work.layout.D, work.layout.G
+    sets = width if G == D and G > 1 else 1
+    if sets == 1 and G > 1 and D // G % width:
+        return None
+    tiles = 1 + work.layout.lam + work.layout.u
+    exchange = 4 * (8 + halo * width * 4) if cluster > 1 else 0
+    header = _up(8 * (3 * MOST_STAGES + 2 * MOST_SLOTS) + exchange)
+    spans, shares, stages, chosen, at_once = [8, 8], [8, 8], [1, 1], [1, 1], [1, 1]
+    warps = used = 0
+    for along in (0, 1):
+        each, all_lines = lines[along], work.lines(along)
+        part = min(each, 8) if along else 16 // work.size
+        row = each * work.size
+        if each % part or halo % part or (not along and row not in (16, 32, 64, 128)):
+            return None
+        if along not in work.ways:
+            continue
+        # A box must not reach into the next segment, nor, where it is stored as a whole, beyond the map.
+        if (all_lines < (work.H if along else work.W) and all_lines % each) or (not along and work.W % each):
+            return None
+        shares[along] = max(_up(-(-work.length(along) // cluster), 8), halo)
+        span = spans[along] = shares[along] + (2 * halo if cluster > 1 else 0)
+        chosen[along] = lane_places(span, places[along], along)
+        at_once[along] = units[along] if along else min(units[along], part)
+        if not chosen[along] or span > 256 or each > 256:
+            return None
+        stage = tiles * _up(width * each * span * work.size) + _up(3 * sets * each * span * work.size)
+        fours = chosen[along] > 1 and chosen[along] % 2
+        weights = _up(slots * part * sets * span * (16 if fours else 12))
+        batches = -(-all_lines // each)
+        stages[along] = min(most_stages, batches, (shared - header - weights) // stage)
+        if stages[along] < min(2, batches):
+            return None
+        used = max(used, header + weights + stages[along] * stage)
+        warps = max(warps, -(-width // (32 // (span // chosen[along]))))
+    threads = 32 * (SERVANTS + normalizers + warps)
+    if threads > 1024:
+        return None
+    slices = -(-D // width)
+    grid = work.B * len(work.layout.directions) * work.segments * slices * cluster
+    return Variant(
+        width,
+        sets,
+        cluster,
+        (spans[0], spans[1]),
+        (shares[0], shares[1]),
+        (chosen[0], chosen[1]),
+        lines,
+        (at_once[0], at_once[1]),
+        (stages[0], stages[1]),
+        slots,
+        halo,
+        normalizers,
+        slices,
+        threads,
+        used,
+        grid,
+        promotion,
+    )
+
+
+class Row(NamedTuple):
+    """A row of the table, one for each class of shapes that was faster than channels last (docs/kernel.md)."""
+
+    shortest: int  # positions of a line
+    longest: int
+    channels: int  # that D has at most
+    own: bool  # whether each channel has weights of its own
+    size: int  # bytes of an element
+    share: int  # positions of a block at most, halos not included, where clusters may be large enough for that
+    width: int  # channels of a slice at most
+    lines: tuple[int, int]
+    places: tuple[int, int]
+    units: tuple[int, int]
+    normalizers: int
+    halo: int = 8
+    promotion: int = 2
+
+
+ANY = 1 << 30
+ROWS = (
+    Row(32, 40, ANY, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 8, promotion=1),
+    Row(41, 96, ANY, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 4, promotion=0),
+    Row(97, 128, ANY, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8),
+    Row(129, 383, 64, False, 2, 64, 5, (16, 8), (3, 4), (2, 1), 9, 16),
+    Row(384, 640, ANY, False, 2, 64, 5, (16, 16), (3, 4), (4, 2), 6, 16),
+    Row(641, 1280, ANY, False, 2, 64, 4, (16, 8), (3, 4), (4, 2), 8, 16),
+    Row(1281, 2048, ANY, False, 2, 64, 4, (16, 8), (3, 4), (2, 1), 6, 16),
+    Row(641, 1280, ANY, True, 2, 64, 2, (32, 16), (3, 4), (8, 2), 6, 16),
+    Row(641, 1280, ANY, True, 4, 64, 2, (16, 8), (3, 4), (4, 2), 7, 16),
+)
+CLUSTERS = (1, 2, 4, 8, 16)
+
+
+def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
+    """The row of the table for maps of these sides, None where channels last are to be scanned. Boxes begin with the
+    map: where one began before it, an H100 stopped with an illegal instruction."""
+    longest = max(height, width)
+    own = groups == channels > 1
+    for row in ROWS:
+        fits = row.shortest <= longest <= row.longest and channels <= row.channels
+        if fits and (row.own, row.size) == (own, size) and width % row.lines[0] == 0:
+            return row
+    return None
+
+
+@lru_cache(4096)
+def choose(work: Work, device: Device) -> Variant | None:
+    """The variant for `work`, None where channels last are to be scanned."""
+    D, G = work.layout.D, work.layout.G
+    row = row_of(work.H, work.W, D, G, work.size) if device.boxes else None
+    if row is None:
+        return None
+    cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
+    widths = list(range(row.width, 0, -1))
+    if cluster == 1:
+        # As narrow as all blocks still run at once.
+        blocks = work.B * len(work.layout.directions) * work.segments
+        enough = [n for n in widths if blocks * -(-D // n) <= device.processors]
+        widths = enough[-1:] + widths
+    options = dict(halo=row.halo, promotion=row.promotion, shared=device.shared)
+    made = (
+        make_variant(work, n, cluster, row.lines, row.places, row.units, row.normalizers, **options) for n in widths
+    )
+    return next((v for v in made if v is not None), None)
+
+
+def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
+    """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias."""
+    name = cuda.STORAGE_NAMES[storage]
+    choices: dict[str, object] = dict(
+        STORAGE=name,
+        LOGITS=name,
+        WIDTH=variant.width,
+        SETS=variant.sets,
+        SLOTS=variant.slots,
+        HALO=variant.halo,
+        CLUSTER=variant.cluster,
+        HAS=has,
+        DECAY=int(decay),
+        THREADS=_up(variant.threads, 64),
+    )
+    both = dict(SPAN=variant.spans, PLACES=variant.places, LINES=variant.lines, UNIT=variant.units)
+    for what, values in both.items():
+        choices |= {f"{what}_{way}": value for way, value in zip(WAYS, values, strict=True)}
+    return ("-DGSPN2_PLANES", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
+
+
+def make_launch(
+    features: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, work: Work, variant: Variant, softmax: bool
+) -> Launch:
+    """`features` (F, B, H, W) and `y` (K D, B, H, W), rows of which are contiguous."""
+    layout, size = work.layout, work.size
+    x, lam, u, _ = layout.sizes
+    boxes = []
+
+    def add(place: int, along: int, tensor: int, t: torch.Tensor, line: int, positions: int, planes: int) -> None:
+        inner = (line, positions) if not along else (positions, line)
+        boxes.append(
+            Box(
+                MAPS * along + place,
+                tensor,
+                t.data_ptr(),
+                (work.W, work.H, work.B, t.shape[0], 1),
+                (*(t.stride(n) * size for n in (2, 1, 0)), 16),
+                (*inner, 1, planes, 1),
+                size,
+                variant.promotion,
+                0 if along else cuda.SWIZZLES.get(line * size, 0),
+            )
+        )
+
+    for along in work.ways:
+        add(0, along, FEATURES, features, variant.lines[along], variant.spans[along], variant.width)
+        add(1, along, FEATURES, features, variant.lines[along], variant.spans[along], 3 * variant.sets)
+        if not along:
+            add(2, along, Y, y, variant.lines[along], variant.shares[along], 1)
+    packed = sum(direction << 2 * k for k, direction in enumerate(layout.directions))
+    views = [(0,) * 6] * 11
+    views[Y] = (y.data_ptr(), y.stride(1), y.stride(2), 1, layout.D * y.stride(0), y.stride(0))
+    params = cuda.PARAMS.pack(
+        *(v for view in views for v in view),
+        0,
+        *(work.B, work.H, work.W, layout.D, len(layout.directions), layout.G, packed),
+        *(work.segment or max(work.H, work.W), work.segments, variant.slices, 1, softmax),
+    )
+    gates = layout.D if layout.gates > 1 else 0
+    params += struct.pack(
+        "q6i", 0 if bias is None else bias.data_ptr(), *variant.stages, x, x + lam, x + lam + u, gates
+    )
+    chosen = defines(variant, features.dtype, layout.lam + 2 * layout.u + 4 * (bias is not None), work.decay)
+    block = (variant.threads, 1)
+    return Launch(
+        "gspn2_planes", chosen, params, variant.grid, block, variant.cluster, variant.shared, tuple(boxes), 2 * MAPS
+    )
+
+
+def addressable(features: torch.Tensor) -> bool:
+    """Whether the copy engine can read these planes: rows of whole 16 bytes, one after another."""
+    size = features.element_size()
+    steps = [s * size for n, s in zip(features.shape[:3], features.stride()[:3], strict=True) if n > 1]
+    aligned = all(step > 0 and step % 16 == 0 for step in steps)
+    return features.stride(3) == 1 and aligned and features.data_ptr() % 16 == 0
+
+
+def scan(
+    features: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: Layout,
+    softmax: bool,
+    segment: int,
+    decay: bool,
+    *,
+    device: Device | None = None,
+    execute: Callable[[Launch], None] | None = None,
+) -> torch.Tensor | None:
+    """(F, B, H, W) -> (K D, B, H, W) in one launch, None where there is no variant.
+
+    `device` and `execute` are for tests.
+    """
+    _, B, H, W = features.shape
+    if features.dtype not in cuda.STORAGE_NAMES or not features.numel() or not addressable(features):
+        return None
+    work = Work(B, H, W, layout, 0 if segment >= max(H, W) else segment, features.element_size(), decay)
+    variant = choose(work, device or cuda.device_limits(features.device.index))
+    if variant is None:
+        return None
+    y = features.new_empty(len(layout.directions) * layout.D, B, H, W)
+    (execute or cuda._execute)(make_launch(features, bias, y, work, variant, softmax))
+    return y
+
+
+class Plan:
+    """A scan worked out once, as `cuda.Plan`; `count` directions are added if it is not 0."""
+
+    def __init__(
+        self, features: torch.Tensor, bias: torch.Tensor | None, launch: Launch, shape: tuple[int, ...], count: int
+    ) -> None:
+        maps = launch.maps * cuda.MAP_BYTES // 8
+        words = [(maps + 6 * Y, Y)] + [(maps + cuda.PARAMS.size // 8, BIAS)] * (bias is not None)
+        self.launch = cuda.Repeated(launch, features.device.index, words)
+        self.shape, self.count = shape, count
+
+    def __call__(self, features: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = features.new_empty(self.shape)
+        self.launch((features.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0, y.data_ptr()))
+        return sum_of_directions(y, self.count) if self.count else y
+
+
+def sum_of_directions(y: torch.Tensor, count: int) -> torch.Tensor:
+    """(K D, B, H, W) -> (D, B, H, W)."""
+    return y.unflatten(0, (count, -1)).sum(0, dtype=y.dtype)
+
+
+def parts(features: torch.Tensor, layout: Layout) -> Sequence[torch.Tensor | None]:
+    """x, lam, u and logits as `gspn2_scan` takes them, views of (F, B, H, W)."""
+    last = features.permute(1, 2, 3, 0)
+    x, lam, u, logits, _ = last.split((*layout.sizes, last.shape[-1] - sum(layout.sizes)), dim=-1)
+    gate = (layout.gates, layout.D)
+    taps = (len(layout.directions), layout.G, 3)
+    return (
+        x,
+        lam.unflatten(-1, gate) if layout.lam else None,
+        u.unflatten(-1, gate) if layout.u else None,
+        logits.unflatten(-1, taps),
+    )

@@ -1,0 +1,546 @@
+// The forward scan from planes: every channel of the projection's output is a map of its own, so what a block reads is whole
+// rows of memory or whole parts of them, whatever the slice of channels and the direction are.
+//
+// Tokens come channels last, and a product can leave its result either way round: as (tokens, features), of which a direction
+// reads pieces of D elements, or as (features, batch, height, width). Here it is the latter, with the bias still to be added.
+// The engine of bulk.cuh loads boxes of (LINES x SPAN positions x WIDTH channels) into a ring of stages. A chunk of lines at a
+// time, normalising warps make weights of the logits, and scanning lanes take what they need of x, lam and u into registers,
+// walk along the lines, and leave y:
+//
+//     full (the engine's bytes) -> ready (a chunk's weights) -> used (they have been read), done (the stage has)
+//
+// A lane has PLACES positions of a channel, the next lane the next ones, and after the last ones of a channel the next channel's
+// first, as many channels as a warp has lanes for: what a lane gets from beyond its channel's ends meets a weight of zero there, or
+// a halo that is wrong anyway. VERTICAL,
+// a line is a row: a lane reads PLACES positions of it, and stores them to memory itself, next to its neighbours'. Otherwise a
+// line is a column: a lane reads 16 bytes, a chunk of lines, of each of its positions, and leaves y there for one thread to have
+// the engine store it. In a cluster, halos as in bulk.cuh.
+#pragma once
+
+#include "bulk.cuh"
+
+enum { PLANES_FEATURES, PLANES_LOGITS, PLANES_Y, PLANES_MAPS };
+
+struct PlaneParams {
+    TensorMap maps[2][PLANES_MAPS];  // for scans along rows and along columns: (column, row, batch, plane, 1)
+    Params scan;                     // of whose views only y is there, its channels apart by `group`
+    const void* bias;                // of every plane
+    int stages[2];                   // for scans along rows and along columns
+    int lam, u, logits;              // their first planes
+    int gates;                       // planes from one direction's gates to the next one's
+};
+
+enum { HAS_BIAS = 4 };
+[[maybe_unused]] constexpr int MOST_SLOTS = 4;
+
+// SETS: weight sets of a slice, 1 or one for each channel. SLOTS: chunks of weights. UNIT: what a normalising lane does at once,
+// lines of a position or, VERTICAL, positions of a line.
+template <typename T, int WIDTH, int SETS, int SPAN_, int PLACES_, int LINES, int SLOTS, int UNIT_, int HALO, int CLUSTER, int HAS, bool VERTICAL>
+struct PlaneRing {
+    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
+    static constexpr int SPAN = SPAN_, PLACES = PLACES_, UNIT = UNIT_, SIZE = sizeof(T), PART = 16 / SIZE;  // elements of 16 bytes
+    static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
+    static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;  // lanes
+    static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;  // channels; warps that scan
+    static_assert(SETS == 1 || SETS == WIDTH, "one for all channels or for each");
+    static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
+    static_assert(PER_CHANNEL <= 32, "a channel stays within a warp");
+    static_assert(SPAN % 8 == 0 && SPAN % PLACES == 0 && LINES % CHUNK == 0 && HALO % CHUNK == 0, "edges are exchanged between chunks");
+    static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, TILES = 1 + LAM + U;
+    // Weights of a line: three rows, or four floats for each position, where that is without conflicts.
+    static constexpr bool FOURS = PLACES > 1 && PLACES % 2;
+    static constexpr int WEIGHTS = SPAN * (FOURS ? 4 : 3);
+    static constexpr int COUNT = 3 * MOST_STAGES + 2 * MOST_SLOTS;
+    static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 : 0)) * 8, INBOX = WIDTH * HALO;
+    static constexpr int up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+    static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
+    static constexpr int SLOT = CHUNK * SETS * WEIGHTS, BOXES = HEADER + up(SLOTS * SLOT * 4);
+    static constexpr int TILE = up(WIDTH * LINES * SPAN * SIZE), STAGE = TILES * TILE + up(3 * SETS * LINES * SPAN * SIZE);
+    static constexpr int LOADED = LINES * SPAN * SIZE * (TILES * WIDTH + 3 * SETS);  // bytes that arrive for a stage
+
+    GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
+    GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
+    GSPN2_DEVICE static Signal* done(int stage) { return signals() + MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* empty(int stage) { return signals() + 2 * MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* ready(int slot) { return signals() + 3 * MOST_STAGES + slot; }
+    GSPN2_DEVICE static Signal* used(int slot) { return signals() + 3 * MOST_STAGES + MOST_SLOTS + slot; }
+    GSPN2_DEVICE static Signal* arrived(int exchange, int side) { return signals() + COUNT + 2 * (exchange & 1) + side; }
+    GSPN2_DEVICE static float* inbox(int exchange, int side) {
+        return reinterpret_cast<float*>(shared_memory() + SIGNALS) + (2 * (exchange & 1) + side) * INBOX;
+    }
+    GSPN2_DEVICE static unsigned char* box(int stage, int which) { return shared_memory() + BOXES + stage * STAGE + which * TILE; }
+    GSPN2_DEVICE static float* weights(int slot) { return reinterpret_cast<float*>(shared_memory() + HEADER) + slot * SLOT; }
+    GSPN2_DEVICE static int weight(int line, int set, int tap, int position) {
+        return (line * SETS + set) * WEIGHTS + (FOURS ? 4 * position + tap : tap * SPAN + position);
+    }
+    // Bytes into a box at which a position's chunk begins (a line is a column), or a line's positions (it is a row).
+    GSPN2_DEVICE static int column_part(int plane, int position, int chunk) {
+        return swizzled<ROW>((plane * SPAN + position) * ROW) ^ chunk * 16;
+    }
+    GSPN2_DEVICE static int row_part(int plane, int line, int position) { return ((plane * LINES + line) * SPAN + position) * SIZE; }
+};
+
+GSPN2_DEVICE void plane_box(void* to, const TensorMap& map, bool vertical, int line, int position, int batch, int plane, Signal* signal) {
+    load_box(to, map, vertical ? position : line, vertical ? line : position, batch, plane, 0, signal);
+}
+
+template <int WIDTH, int LINES, bool VERTICAL, typename R>
+GSPN2_DEVICE void load_planes(const PlaneParams& planes, const Place& at, const Reach& reach, int batch, int end) {
+    const Params& p = planes.scan;
+    const TensorMap* const maps = planes.maps[VERTICAL];
+    const int channel = at.slice * WIDTH, position = at.start - reach.low, stages = planes.stages[VERTICAL];
+    const int logits = planes.logits + 3 * (at.index * p.groups + channel / (p.channels / p.groups));
+    const int gate = at.index * planes.gates + channel;
+    Turn turn{0, 0};
+    for (int n = 0; n < batch; ++n) turn.next(stages);
+    for (; batch < end; ++batch, turn.next(stages)) {
+        const int stage = turn.stage, line = first_line(at, p, batch, LINES);
+        Signal* const full = R::full(stage);
+        if (batch >= stages) signal_wait(VERTICAL ? R::done(stage) : R::empty(stage), turn.parity ^ 1);
+        signal_expect(full, R::LOADED);
+        plane_box(R::box(stage, R::TILES), maps[PLANES_LOGITS], VERTICAL, line, position, at.batch, logits, full);
+        plane_box(R::box(stage, 0), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, channel, full);
+        if constexpr (R::LAM) {
+            plane_box(R::box(stage, R::LAM_TILE), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, planes.lam + gate, full);
+        }
+        if constexpr (R::U) {
+            plane_box(R::box(stage, R::U_TILE), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, planes.u + gate, full);
+        }
+    }
+}
+
+// Of scans along rows.
+template <int WIDTH, int LINES, typename R>
+GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const Reach& reach) {
+    const int batches = (at.last - at.first + LINES - 1) / LINES, first = at.slice * WIDTH, all = planes.scan.channels;
+    const int count = all - first < WIDTH ? all - first : WIDTH;
+    Turn turn{0, 0};
+    for (int batch = 0; batch < batches; ++batch, turn.next(planes.stages[0])) {
+        const int line = first_line(at, planes.scan, batch, LINES);
+        signal_wait(R::done(turn.stage), turn.parity);
+        for (int c = 0; c < count; ++c) {
+            const unsigned char* const from = R::box(turn.stage, 0) + (c * R::SPAN + reach.low) * R::ROW;
+            store_box(planes.maps[0][PLANES_Y], line, at.start, at.batch, at.index * all + first + c, 0, from);
+        }
+        end_group();
+        groups_read<0>();  // at once: scanning lanes look a stage ahead, and there may be two
+        signal_arrive(R::empty(turn.stage));
+    }
+}
+
+// Where a scan is: its stage's turn, the chunk of the box, and the turn of the weights.
+template <typename R, int SLOTS>
+struct ChunkTurn {
+    Turn stage{0, 0}, slot{0, 0};
+    int chunk = 0;
+    GSPN2_DEVICE bool begins() const { return chunk == 0; }
+    GSPN2_DEVICE bool ends() const { return chunk == R::CHUNKS - 1; }
+    GSPN2_DEVICE void next(int stages) {
+        slot.next(SLOTS);
+        if (++chunk == R::CHUNKS) chunk = 0, stage.next(stages);
+    }
+    // In the order of memory.
+    GSPN2_DEVICE int place(bool backwards) const { return backwards ? R::CHUNKS - 1 - chunk : chunk; }
+};
+
+template <typename T, int WIDTH, int SETS, int SLOTS, bool VERTICAL, bool SOFTMAX, typename R>
+GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, const Reach& reach, int thread, int threads) {
+    const Params& p = planes.scan;
+    const int chunks = (at.last - at.first + R::CHUNK - 1) / R::CHUNK;
+    const int first = 3 * (at.index * p.groups + at.slice * WIDTH / (p.channels / p.groups));
+    const auto bias = [&](int plane) {
+        if constexpr (!R::BIAS) return 0.f;
+        const int logit = first + plane, all = 3 * p.count * p.groups;  // a ragged slice's last sets belong to nobody
+        return to_float(global_memory(static_cast<const T*>(planes.bias))[planes.logits + (logit < all ? logit : all - 1)]);
+    };
+    float shared[3];
+#pragma unroll
+    for (int t = 0; t < 3; ++t) shared[t] = bias(t);
+    constexpr int UNIT = R::UNIT, ALONG = VERTICAL ? R::SPAN / UNIT : R::SPAN, ACROSS = VERTICAL ? R::CHUNK : R::CHUNK / UNIT;
+    ChunkTurn<R, SLOTS> turn;
+    for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
+        if (turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
+        if (n >= SLOTS) signal_wait(R::used(turn.slot.stage), turn.slot.parity ^ 1);
+        const unsigned char* const taps = R::box(turn.stage.stage, R::TILES);
+        float* const weights = R::weights(turn.slot.stage);
+        const int place = turn.place(at.backwards);
+        for (int unit = thread; unit < SETS * ALONG * ACROSS; unit += threads) {
+            const int along = unit % ALONG, rest = unit / ALONG, across = rest % ACROSS, set = rest / ACROSS;
+            const int position = VERTICAL ? along * UNIT : along;
+            float read[3][UNIT], made[3][UNIT];
+#pragma unroll
+            for (int t = 0; t < 3; ++t) {
+                int offset;
+                if constexpr (VERTICAL) {
+                    const int row = place * R::CHUNK + (at.backwards ? R::CHUNK - 1 - across : across);
+                    offset = R::row_part(3 * set + t, row, position);
+                } else {
+                    offset = R::column_part(3 * set + t, position, place) + across * UNIT * R::SIZE;
+                }
+                load_vector<T, UNIT>(read[t], reinterpret_cast<const T*>(taps + offset));
+                const float added = SETS > 1 ? bias(3 * set + t) : shared[t];
+#pragma unroll
+                for (int e = 0; e < UNIT; ++e) read[t][e] += added;
+            }
+#pragma unroll
+            for (int e = 0; e < UNIT; ++e) {
+                const int j = at.start + position + (VERTICAL ? e : 0) - reach.low;
+                const float logit[3] = {read[0][e], read[1][e], read[2][e]};
+                float weight[3];
+                normalize(weight, logit, j > 0, j < at.length - 1, SOFTMAX);
+#pragma unroll
+                for (int t = 0; t < 3; ++t) made[t][e] = weight[t];
+            }
+            if constexpr (VERTICAL) {
+#pragma unroll
+                for (int t = 0; t < 3; ++t) store_vector<float, UNIT>(weights + R::weight(across, set, t, position), made[t]);
+            } else {
+#pragma unroll
+                for (int e = 0; e < UNIT; ++e) {
+                    const int in_memory = across * UNIT + e, line = at.backwards ? R::CHUNK - 1 - in_memory : in_memory;
+                    if constexpr (R::FOURS) {
+                        const float four[4] = {made[0][e], made[1][e], made[2][e], 0.f};
+                        store_vector<float, 4>(weights + R::weight(line, set, 0, position), four);
+                    } else {
+#pragma unroll
+                        for (int t = 0; t < 3; ++t) weights[R::weight(line, set, t, position)] = made[t][e];
+                    }
+                }
+            }
+        }
+        warp_arrives(R::ready(turn.slot.stage));
+    }
+}
+
+// N elements of type T as words, and one of them as a float.
+template <typename T, int N>
+struct Words {
+    static constexpr int COUNT = (N * sizeof(T) + 3) / 4;
+    unsigned words[COUNT];
+    GSPN2_DEVICE void load(const void* from) {
+        if constexpr (N * sizeof(T) % 4) {
+            words[0] = *static_cast<const unsigned short*>(from);
+        } else {
+            constexpr int EACH = COUNT < 4 ? COUNT : 4;
+            using Bits = typename BitsOf<4 * EACH>::type;
+#pragma unroll
+            for (int first = 0; first < COUNT; first += EACH) {
+                alignas(16) unsigned part[EACH];
+                *reinterpret_cast<Bits*>(part) = static_cast<const Bits*>(from)[first / EACH];
+#pragma unroll
+                for (int w = 0; w < EACH; ++w) words[first + w] = part[w];
+            }
+        }
+    }
+    GSPN2_DEVICE float get(int e) const {
+        if constexpr (sizeof(T) == 4) {
+            return bits_as_float(words[e]);
+        } else {
+            float low, high;
+            to_floats(words[e / 2], T{}, low, high);
+            return e % 2 ? high : low;
+        }
+    }
+    // One value for all.
+    GSPN2_DEVICE void add(T value) {
+#pragma unroll
+        for (int w = 0; w < COUNT; ++w) words[w] = add_words(words[w], value);
+    }
+};
+
+template <typename T, int N>
+GSPN2_DEVICE void store_if(bool condition, T* to, const float (&values)[N]) {
+    if constexpr (N * sizeof(T) % 4) {
+        if (condition) store_vector<T, N>(to, values);
+    } else {
+        constexpr int WORDS = N * sizeof(T) / 4, EACH = WORDS < 4 ? WORDS : 4;
+        Packed<T, N> packed;
+        packed.pack(values);
+        alignas(16) unsigned words[WORDS];
+#pragma unroll
+        for (int w = 0; w < Packed<T, N>::WORDS; ++w) reinterpret_cast<typename Packed<T, N>::Bits*>(words)[w] = packed.words[w];
+#pragma unroll
+        for (int first = 0; first < WORDS; first += EACH) {
+            unsigned part[EACH];
+#pragma unroll
+            for (int w = 0; w < EACH; ++w) part[w] = words[first + w];
+            store_words_if<EACH>(condition, reinterpret_cast<unsigned*>(to) + first, part);
+        }
+    }
+}
+
+template <typename T, int WIDTH, int SETS, int SLOTS, int HALO, int CLUSTER, bool DECAY, bool VERTICAL, bool BACKWARDS, typename R>
+GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const Reach& reach, int thread) {
+    constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, VECTORS = VERTICAL ? CHUNK : PLACES, LENGTH = VERTICAL ? PLACES : R::PART;
+    const Params& p = planes.scan;
+    const int lines = at.last - at.first, chunks = (lines + CHUNK - 1) / CHUNK;
+    // Beyond its warp's channels a lane does again what the last of them does, but writes nothing.
+    const int lane = thread % 32, last = R::PER_WARP * R::PER_CHANNEL - 1, own = lane < last ? lane : last;
+    const int wanted = thread / 32 * R::PER_WARP + own / R::PER_CHANNEL, plane = wanted < WIDTH ? wanted : WIDTH - 1;
+    const int position = own % R::PER_CHANNEL * PLACES;
+    const bool idle = lane > last || wanted >= WIDTH;
+    const int channel = at.slice * WIDTH + plane;
+
+    T bias[3] = {};
+    if constexpr (R::BIAS) {
+        const T* const from = global_memory(static_cast<const T*>(planes.bias));
+        const int read = channel < p.channels ? channel : p.channels - 1, gate = at.index * planes.gates + read;
+        bias[0] = from[read];
+        if constexpr (R::LAM) bias[1] = from[planes.lam + gate];
+        if constexpr (R::U) bias[2] = from[planes.u + gate];
+    }
+
+    T* y = nullptr;
+    int next_line = 0;
+    bool stores = false;
+    if constexpr (VERTICAL) {
+        const int j = position - reach.low;  // own positions are whole vectors
+        y = global_memory(static_cast<T*>(p.y.data)) + at.batch * p.y.batch + at.index * p.y.direction +
+            (BACKWARDS ? p.height - 1 - at.first : at.first) * p.y.row + at.start + j + channel * p.y.group;
+        next_line = static_cast<int>(BACKWARDS ? -p.y.row : p.y.row);
+        stores = j >= 0 && j < reach.owned && channel < p.channels && !idle;
+    }
+    // What of a lane's positions comes from the lower and the higher neighbour, and goes to them, a bit for each of PLACES.
+    enum { FROM_LOW = 0, FROM_HIGH = 8, TO_LOW = 16, TO_HIGH = 24 };
+    unsigned edges = 0;
+    Remote to_low{}, to_high{};
+    if constexpr (CLUSTER > 1) {
+        static_assert(PLACES <= 8, "eight bits for each of four");
+#pragma unroll
+        for (int k = 0; k < PLACES; ++k) {
+            const int j = position + k - HALO, beyond = j - reach.owned;
+            edges |= (position + k < reach.from_low) << (FROM_LOW + k);
+            edges |= (beyond >= 0 && beyond < reach.from_high) << (FROM_HIGH + k);
+            const bool sends = j >= 0 && j < reach.owned && !idle;
+            edges |= (sends && reach.from_low && j < HALO) << (TO_LOW + k);
+            edges |= (sends && reach.from_high && j >= reach.owned - HALO) << (TO_HIGH + k);
+        }
+        const int j = position - HALO;
+        if (reach.from_low) to_low = remote(R::inbox(0, 1) + plane * HALO + j, R::arrived(0, 1), at.rank - 1);
+        if (reach.from_high) to_high = remote(R::inbox(0, 0) + (plane + 1) * HALO + j - reach.owned, R::arrived(0, 0), at.rank + 1);
+    }
+    constexpr int OTHER = 2 * R::INBOX;  // floats from an exchange's inboxes to the next one's
+    constexpr int TOGETHER = PLACES & (PLACES - 1) ? 1 : PLACES < 4 ? PLACES : 4;  // positions that are all at an edge or none
+    // Bytes into a box.
+    int part[PLACES];
+#pragma unroll
+    for (int k = 0; k < PLACES; ++k) part[k] = VERTICAL ? R::row_part(plane, 0, position) : R::column_part(plane, position + k, 0);
+
+    // A chunk of x, lam and u.
+    struct Taken {
+        Words<T, LENGTH> x[VECTORS], lam[R::LAM ? VECTORS : 1], u[R::U ? VECTORS : 1];
+    };
+    constexpr bool EARLY = R::TILES * VECTORS * Words<T, LENGTH>::COUNT <= 40;  // the next chunk, amid this one
+    const auto take = [&](Taken& taken, const ChunkTurn<R, SLOTS>& turn) {
+        const unsigned char* const box = R::box(turn.stage.stage, 0);
+        const int place = turn.place(BACKWARDS);
+        if (turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
+        const auto read = [&](Words<T, LENGTH>& words, int which, int vector, T added) {
+            if constexpr (VERTICAL) {
+                const int row = place * CHUNK + (BACKWARDS ? CHUNK - 1 - vector : vector);
+                words.load(box + which * R::TILE + part[0] + row * R::SPAN * R::SIZE);
+            } else {
+                words.load(box + which * R::TILE + (part[vector] ^ place * 16));
+            }
+            if constexpr (R::BIAS) words.add(added);
+        };
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            read(taken.x[v], 0, v, bias[0]);
+            if constexpr (R::LAM) read(taken.lam[v], R::LAM_TILE, v, bias[1]);
+            if constexpr (R::U) read(taken.u[v], R::U_TILE, v, bias[2]);
+        }
+    };
+
+    float h[PLACES] = {};
+    Taken taken;
+    ChunkTurn<R, SLOTS> turn;
+    for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
+        const int stage = turn.stage.stage, place = turn.place(BACKWARDS);
+        if (!EARLY || n == 0) take(taken, turn);
+        const auto get = [&](const auto& from, int s, int k) {
+            return VERTICAL ? from[s].get(k) : from[k].get(BACKWARDS ? CHUNK - 1 - s : s);
+        };
+
+        signal_wait(R::ready(turn.slot.stage), turn.slot.parity);
+        if constexpr (CLUSTER > 1) {
+            const int exchange = n / (HALO / CHUNK);
+            if (n > 0 && n % (HALO / CHUNK) == 0) {
+                if (reach.from_low) {
+                    if (thread == 0) signal_expect(R::arrived(exchange, 0), R::INBOX * 4);
+                    signal_wait(R::arrived(exchange, 0), (exchange - 1) / 2 & 1);
+                }
+                if (reach.from_high) {
+                    if (thread == 0) signal_expect(R::arrived(exchange, 1), reach.from_high * WIDTH * 4);
+                    signal_wait(R::arrived(exchange, 1), (exchange - 1) / 2 & 1);
+                }
+                const float* const low = R::inbox(exchange, 0) + plane * HALO + position;
+                const float* const high = R::inbox(exchange, 1) + plane * HALO + position - HALO - reach.owned;
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    if (edges >> (FROM_LOW + k) & 1) h[k] = low[k];
+                    if (edges >> (FROM_HIGH + k) & 1) h[k] = high[k];
+                }
+            }
+        }
+        const float* const weights = R::weights(turn.slot.stage) + R::weight(0, SETS > 1 ? plane : 0, 0, position);
+        const int left = lines - n * CHUNK;
+        unsigned result[VERTICAL ? 1 : PLACES][4];
+        float before_last[PLACES];
+        [[maybe_unused]] Taken ahead;
+#pragma unroll
+        for (int s = 0; s < CHUNK; ++s) {
+            if constexpr (EARLY) {
+                if (s == CHUNK / 2 && n + 1 < chunks) {
+                    ChunkTurn<R, SLOTS> next = turn;
+                    next.next(planes.stages[VERTICAL]);
+                    take(ahead, next);
+                }
+            }
+            float w[3][PLACES];
+            if constexpr (R::FOURS) {
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    float four[4];
+                    load_vector<float, 4>(four, weights + R::weight(s, 0, 0, k));
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) w[t][k] = four[t];
+                }
+            } else {
+#pragma unroll
+                for (int t = 0; t < 3; ++t) load_vector<float, PLACES>(w[t], weights + R::weight(s, 0, t, 0));
+            }
+            float lower = shuffle_up(h[PLACES - 1]);
+            const float higher = shuffle_down(h[0]);
+            float out[PLACES];
+#pragma unroll
+            for (int k = 0; k < PLACES; ++k) {
+                float value = get(taken.x, s, k), keep = 0.f;
+                if constexpr (R::LAM) {
+                    keep = get(taken.lam, s, k);
+                    value *= keep, keep = 1.f - keep;
+                }
+                const float before = h[k], high = k + 1 < PLACES ? h[k + 1 < PLACES ? k + 1 : 0] : higher;
+                if constexpr (DECAY) {
+                    h[k] = value + keep * (w[1][k] * before + w[0][k] * lower + w[2][k] * high);
+                } else {
+                    h[k] = w[2][k] * high + (w[0][k] * lower + (w[1][k] * before + value));
+                }
+                lower = before;
+                out[k] = h[k];
+                if constexpr (R::U) out[k] *= get(taken.u, s, k);
+            }
+            if constexpr (VERTICAL) {
+                store_if<T, PLACES>(stores && s < left, y, out);  // beyond the last line nothing reads h
+                y += next_line;
+            } else {
+                const int e = BACKWARDS ? CHUNK - 1 - s : s;
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    if constexpr (sizeof(T) == 4) {
+                        result[k][e] = float_as_bits(out[k]);
+                    } else {
+                        if (s % 2) result[k][e / 2] = from_floats(T{}, BACKWARDS ? out[k] : before_last[k], BACKWARDS ? before_last[k] : out[k]);
+                        before_last[k] = out[k];
+                    }
+                }
+            }
+        }
+        if constexpr (CLUSTER > 1) {
+            const int after = n + 1, exchange = after / (HALO / CHUNK);
+            if (after % (HALO / CHUNK) == 0 && after < chunks) {
+                const int odd = exchange & 1;
+#pragma unroll
+                for (int k = 0; k < PLACES; k += TOGETHER) {
+                    float values[TOGETHER];
+#pragma unroll
+                    for (int e = 0; e < TOGETHER; ++e) values[e] = h[k + e];
+                    send_if(edges >> (TO_LOW + k) & 1, to_low, odd * OTHER + k, 2 * odd, values);
+                    send_if(edges >> (TO_HIGH + k) & 1, to_high, odd * OTHER + k, 2 * odd, values);
+                }
+            }
+        }
+        warp_arrives(R::used(turn.slot.stage));
+        if constexpr (!VERTICAL) {
+            if (!idle) {
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    uint4 packed;
+                    alignas(16) unsigned words[4] = {result[k][0], result[k][1], result[k][2], result[k][3]};
+                    packed = *reinterpret_cast<const uint4*>(words);
+                    *reinterpret_cast<uint4*>(R::box(stage, 0) + (part[k] ^ place * 16)) = packed;
+                }
+            }
+        }
+        if (turn.ends() || n + 1 == chunks) {
+            engine_fence();
+            warp_arrives(R::done(stage));
+        }
+        if constexpr (EARLY) taken = ahead;
+    }
+}
+
+template <typename T, int WIDTH, int SETS, int SPAN, int PLACES, int LINES, int SLOTS, int UNIT, int HALO, int CLUSTER, int HAS, bool DECAY, bool VERTICAL>
+GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) {
+    using R = PlaneRing<T, WIDTH, SETS, SPAN, PLACES, LINES, SLOTS, UNIT, HALO, CLUSTER, HAS, VERTICAL>;
+    const int warp = warp_index(), normalizers = blockDim.x / 32 - BULK_SERVANTS - R::WARPS, stages = planes.stages[VERTICAL];
+    const int rest = at.length - at.start - at.owned, batches = (at.last - at.first + LINES - 1) / LINES;
+    // Shares and what is handed over are whole eights: what there is beyond the map is worth as much as a halo.
+    const int owned = (at.owned + 7) / 8 * 8, higher = (rest + 7) / 8 * 8;
+    const Reach reach{CLUSTER > 1 ? HALO : 0, owned, at.rank > 0 ? HALO : 0, higher < HALO ? higher : HALO};
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < stages; ++stage) signal_init(R::full(stage));
+        signals_ready();
+        // On its way before the block, or even the cluster, has met.
+        if (at.owned) load_planes<WIDTH, LINES, VERTICAL, R>(planes, at, reach, 0, 1);
+    }
+    if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
+        const int stage = threadIdx.x - 32;
+        signal_init(R::done(stage), R::WARPS * WARP_ARRIVALS);
+        signal_init(R::empty(stage));
+        if (stage < MOST_SLOTS) {
+            signal_init(R::ready(stage), normalizers * WARP_ARRIVALS);
+            signal_init(R::used(stage), R::WARPS * WARP_ARRIVALS);
+            if (CLUSTER > 1) signal_init(R::arrived(stage / 2, stage % 2));
+        }
+    }
+    if constexpr (CLUSTER > 1) {
+        cluster_ready();
+    } else {
+        signals_ready();
+        block_barrier();
+    }
+    if (!at.owned) return;
+    const int thread = threadIdx.x - 32 * BULK_SERVANTS;
+    if (warp == 0) {
+        if (threadIdx.x == 0) load_planes<WIDTH, LINES, VERTICAL, R>(planes, at, reach, 1, batches);
+    } else if (warp == 1) {
+        if constexpr (!VERTICAL) {
+            if (threadIdx.x == 32) store_planes<WIDTH, LINES, R>(planes, at, reach);
+        }
+    } else if (warp < BULK_SERVANTS + R::WARPS) {
+        if (at.backwards) {
+            scan_lines<T, WIDTH, SETS, SLOTS, HALO, CLUSTER, DECAY, VERTICAL, true, R>(planes, at, reach, thread);
+        } else {
+            scan_lines<T, WIDTH, SETS, SLOTS, HALO, CLUSTER, DECAY, VERTICAL, false, R>(planes, at, reach, thread);
+        }
+    } else if (planes.scan.softmax) {
+        normalize_planes<T, WIDTH, SETS, SLOTS, VERTICAL, true, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
+    } else {
+        normalize_planes<T, WIDTH, SETS, SLOTS, VERTICAL, false, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
+    }
+}
+
+// Positions of a block, halos included, of a lane, lines of a box and what a normalising lane does at once: for scans along rows,
+// whose lines are columns, and along columns.
+template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS, int LINES_ROWS,
+          int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int SLOTS, int HALO, int CLUSTER, int HAS, bool DECAY>
+GSPN2_DEVICE void scan_planes(const PlaneParams& planes) {
+    const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
+    if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
+    if (at.horizontal) {
+        scan_planes_along<T, WIDTH, SETS, SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, DECAY, false>(planes, at);
+    } else {
+        scan_planes_along<T, WIDTH, SETS, SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, DECAY, true>(planes, at);
+    }
+}
