@@ -9,7 +9,6 @@ variant. Needs a GPU of compute capability 9.0; `--list` does not.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ NAMES = [name for name in SHAPES if name not in ("tiny", "wide-72x128")]
 WRONG = 0.02  # of the largest value
 MOST_THREADS = 512  # beyond, most spill
 LEAST_SHARE, MOST_SHARE = 32, 136  # positions
+TRIES = 20_000
 Job = tuple[planes.Variant, torch.dtype, int]
 
 
@@ -48,27 +48,34 @@ def work_of(shape: Shape, dtype: torch.dtype) -> planes.Work:
 
 def variants(work: planes.Work, most: int, seed: int) -> list[planes.Variant]:
     """The table's first, if it has one."""
-    found: dict[planes.Variant, None] = {}
-    places = list(itertools.product((1, 2, 3, 4, 5, 6, 8), (1, 2, 4, 8)))
-    lines = list(itertools.product((8, 16, 32), (4, 8, 16)))
-    for cluster, halo, width in itertools.product((1, 2, 4, 8, 16), (8, 16), (1, 2, 3, 4, 5, 6, 8, 10)):
-        if width > work.layout.D or (cluster == 1 and halo > 8) or work.longest > cluster * MOST_SHARE:
-            continue
-        if cluster > 1 and work.longest < cluster * LEAST_SHARE:
-            continue
-        for line, place, units, normalizers in itertools.product(
-            lines, places, ((8, 4), (4, 2), (2, 1)), (4, 6, 8, 10)
-        ):
-            v = planes.make_variant(work, width, cluster, line, place, units, normalizers, halo=halo)
-            if v is None or v.threads > MOST_THREADS or v.grid < 60:
-                continue
-            # A lane may not have as many positions as were asked for; small maps run all blocks at once.
-            asked = all(v.places[along] == place[along] for along in work.ways)
-            if asked and (work.longest > 64 or v.grid <= H100.processors):
-                found[v] = None
-    others = random.Random(seed).sample(list(found), min(most, len(found)))
+    choice = random.Random(seed).choice
     table = planes.choose(work, H100)
-    return [table] * (table is not None) + [v for v in others if v != table]
+    found = {} if table is None else {table: None}
+    for _ in range(TRIES):
+        if len(found) > most:
+            break
+        cluster, halo = choice((1, 2, 4, 8, 16)), choice((8, 16))
+        place = choice((1, 2, 3, 4, 5, 6, 8)), choice((1, 2, 4, 8))
+        v = planes.make_variant(
+            work,
+            choice((1, 2, 3, 4, 5, 6, 8, 10)),
+            cluster,
+            (choice((8, 16, 32)), choice((4, 8, 16))),
+            place,
+            choice(((8, 4), (4, 2), (2, 1))),
+            choice((4, 6, 8, 10)),
+            choice((2, 3)),
+            halo if cluster > 1 else 8,
+        )
+        if v is None or v.threads > MOST_THREADS or v.grid < 60 or max(v.shares) > MOST_SHARE:
+            continue
+        # A lane may have another number of positions than was asked for; shares are worth a cluster; small maps run all
+        # blocks at once.
+        asked = all(v.places[along] == place[along] for along in work.ways)
+        worth = cluster == 1 or work.longest >= cluster * LEAST_SHARE
+        if asked and worth and (work.longest > 64 or v.grid <= H100.processors):
+            found[v] = None
+    return list(found)
 
 
 def compile_one(job: Job) -> int:

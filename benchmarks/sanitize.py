@@ -41,6 +41,7 @@ BOXED = [
 PLANES = [
     (1, 9, 32, 7, 1, None, "concat", True, 4),
     (1, 20, 64, 10, 1, None, "sum", True, 4),
+    (1, 9, 56, 5, 1, None, "concat", True, 4),
     (1, 5, 128, 10, 2, None, "concat", True, 4),
     (1, 250, 16, 3, 1, 32, "concat", True, 4),
     (1, 3, 704, 4, 4, None, "concat", False, 1),

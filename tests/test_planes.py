@@ -8,6 +8,7 @@ import torch
 from gspn2_diffusion import GSPN2Config
 from gspn2_diffusion.layers import GSPN2Layer, scan_layer
 from gspn2_diffusion.ops import cuda, eager, gspn2_scan, gspn2_scan_planes, planes
+from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
@@ -90,6 +91,7 @@ TABLE = [
     (Case(1, 9, 32, 5), BF16),
     (Case(1, 57, 16, 3, directions=("left", "down")), FP16),
     (Case(1, 9, 96, 3, directions=("left", "down")), BF16),
+    (Case(1, 9, 56, 3, directions=("left", "up")), BF16),
     (Case(1, 127, 16, 5, directions=("left", "up")), BF16),
     (Case(1, 5, 320, 2, directions=("up", "right")), BF16),
     (Case(1, 500, 16, 2, directions=("right", "down")), FP16),
@@ -128,6 +130,7 @@ SIDES = [
     (17, 48),
     (64, 64),
     (96, 16),
+    (56, 72),
     (72, 128),
     (128, 128),
     (250, 96),
@@ -192,7 +195,7 @@ def test_the_table_takes_what_was_timed(B, side, D, width, cluster, blocks):
 def test_other_devices_and_shapes_have_none():
     layout = planes.Layout(8, 1, (0, 1, 2, 3), 4, True, True)
     assert planes.choose(planes.Work(1, 64, 64, layout, 0, 2, False), DEVICES["a100"]) is None
-    for sides in ((64, 60), (64, 72), (16, 16), (64, 4096)):
+    for sides in ((64, 60), (128, 72), (16, 16), (64, 4096)):
         assert planes.choose(planes.Work(1, *sides, layout, 0, 2, False), H100) is None
     wide = layout._replace(D=160)
     assert planes.choose(planes.Work(1, 256, 256, wide, 0, 2, False), H100) is None
@@ -287,6 +290,21 @@ def test_the_layer_gives_the_same_either_way(merge, gates, monkeypatch):
     layer.scan_in.register_forward_hook(lambda *_: None)
     layer(tokens, 8, 12)
     assert len(calls) == 1, "with gradients, and where somebody listens, the projection is called"
+
+
+@torch.no_grad()
+def test_compiles_into_one_graph(monkeypatch):
+    """With what asks for the device, whose answer is a constant."""
+    monkeypatch.setattr(cuda, "device_limits", lambda index: H100)
+
+    def scan(features, bias):
+        known = planes.row_of(features.shape[2], features.shape[3], 4, 1, 2) is not None
+        assert known and scan_module._has_planes(features.get_device() + 1)
+        return gspn2_scan_planes(features, bias, channels=4)
+
+    features, bias = make_features(Case(1, 32, 32, 4), torch.float32)
+    compiled = torch.compile(scan, fullgraph=True)
+    torch.testing.assert_close(compiled(features, bias), gspn2_scan_planes(features, bias, channels=4))
 
 
 def test_no_planes_without_a_gpu():

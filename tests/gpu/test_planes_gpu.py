@@ -30,7 +30,8 @@ CASES = [
     (Case(1, 1024, 1008, 8), HALF),
     (Case(1, 24, 2048, 5, gates="none"), HALF),
     (Case(1, 700, 96, 8, 8, ("right", "up"), gates="lam"), TYPES),
-    (Case(1, 72, 88, 10), ()),
+    (Case(1, 72, 88, 10), HALF),
+    (Case(1, 72, 104, 10), ()),
     (Case(1, 64, 60, 8), ()),
 ]
 
