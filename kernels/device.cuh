@@ -76,24 +76,6 @@ GSPN2_DEVICE void signal_wait(Signal* signal, int parity) {
             : "memory");
     } while (!done);
 }
-// Write `values` to the same place in the shared memory of block `rank` and count them on its `signal`.
-template <int N>
-GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, int rank) {
-    static_assert(N == 1 || N == 2 || N == 4, "one vector of words");
-    const unsigned to = peer_address(target, rank), on = peer_address(signal, rank);
-    if constexpr (N == 4) {
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-                     "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(on)
-                     : "memory");
-    } else if constexpr (N == 2) {
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
-                     "f"(values[0]), "f"(values[1]), "r"(on)
-                     : "memory");
-    } else {
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(values[0]), "r"(on)
-                     : "memory");
-    }
-}
 // A place in another block's shared memory, and the signal there that counts what is sent to it.
 struct Remote {
     unsigned data, signal;
@@ -117,6 +99,11 @@ GSPN2_DEVICE void send_if(bool condition, const Remote& to, int offset, int sign
                      "f"(values[0]), "r"(on), "r"(sends)
                      : "memory");
     }
+}
+// Write `values` to the same place in the shared memory of block `rank` and count them on its `signal`.
+template <int N>
+GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, int rank) {
+    send_if(true, remote(target, signal, rank), 0, 0, values);
 }
 // A map's box at these coordinates, channels fastest, into shared memory (128-byte aligned); zeros where the tensor has nothing.
 GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int position, int line, int direction, int batch, Signal* signal) {

@@ -35,10 +35,14 @@ enum { HAS_BIAS = 4 };
 
 // SETS: weight sets of a slice, 1 or one for each channel. SLOTS: chunks of weights. UNIT: what a normalising lane does at once,
 // lines of a position or, VERTICAL, positions of a line.
-template <typename T, int WIDTH, int SETS, int SPAN_, int PLACES_, int LINES, int SLOTS, int UNIT_, int HALO, int CLUSTER, int HAS, bool VERTICAL>
+template <typename T, int WIDTH_, int SETS_, int SPAN_, int PLACES_, int LINES_, int SLOTS_, int UNIT_, int HALO_, int CLUSTER_, int HAS, bool VERTICAL_>
 struct PlaneRing {
+    using Type = T;
+    static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, PLACES = PLACES_, LINES = LINES_, SLOTS = SLOTS_, UNIT = UNIT_;
+    static constexpr int HALO = HALO_, CLUSTER = CLUSTER_;
+    static constexpr bool VERTICAL = VERTICAL_;
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
-    static constexpr int SPAN = SPAN_, PLACES = PLACES_, UNIT = UNIT_, SIZE = sizeof(T), PART = 16 / SIZE;  // elements of 16 bytes
+    static constexpr int SIZE = sizeof(T), PART = 16 / SIZE;  // elements of 16 bytes
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;  // lanes
     static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;  // channels; warps that scan
@@ -84,17 +88,18 @@ GSPN2_DEVICE void plane_box(void* to, const TensorMap& map, bool vertical, int l
     load_box(to, map, vertical ? position : line, vertical ? line : position, batch, plane, 0, signal);
 }
 
-template <int WIDTH, int LINES, bool VERTICAL, typename R>
+template <typename R>
 GSPN2_DEVICE void load_planes(const PlaneParams& planes, const Place& at, const Reach& reach, int batch, int end) {
+    constexpr bool VERTICAL = R::VERTICAL;
     const Params& p = planes.scan;
     const TensorMap* const maps = planes.maps[VERTICAL];
-    const int channel = at.slice * WIDTH, position = at.start - reach.low, stages = planes.stages[VERTICAL];
+    const int channel = at.slice * R::WIDTH, position = at.start - reach.low, stages = planes.stages[VERTICAL];
     const int logits = planes.logits + 3 * (at.index * p.groups + channel / (p.channels / p.groups));
     const int gate = at.index * planes.gates + channel;
     Turn turn{0, 0};
     for (int n = 0; n < batch; ++n) turn.next(stages);
     for (; batch < end; ++batch, turn.next(stages)) {
-        const int stage = turn.stage, line = first_line(at, p, batch, LINES);
+        const int stage = turn.stage, line = first_line(at, p, batch, R::LINES);
         Signal* const full = R::full(stage);
         if (batch >= stages) signal_wait(VERTICAL ? R::done(stage) : R::empty(stage), turn.parity ^ 1);
         signal_expect(full, R::LOADED);
@@ -110,13 +115,13 @@ GSPN2_DEVICE void load_planes(const PlaneParams& planes, const Place& at, const 
 }
 
 // Of scans along rows.
-template <int WIDTH, int LINES, typename R>
+template <typename R>
 GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const Reach& reach) {
-    const int batches = (at.last - at.first + LINES - 1) / LINES, first = at.slice * WIDTH, all = planes.scan.channels;
-    const int count = all - first < WIDTH ? all - first : WIDTH;
+    const int batches = (at.last - at.first + R::LINES - 1) / R::LINES, first = at.slice * R::WIDTH, all = planes.scan.channels;
+    const int count = all - first < R::WIDTH ? all - first : R::WIDTH;
     Turn turn{0, 0};
     for (int batch = 0; batch < batches; ++batch, turn.next(planes.stages[0])) {
-        const int line = first_line(at, planes.scan, batch, LINES);
+        const int line = first_line(at, planes.scan, batch, R::LINES);
         signal_wait(R::done(turn.stage), turn.parity);
         for (int c = 0; c < count; ++c) {
             const unsigned char* const from = R::box(turn.stage, 0) + (c * R::SPAN + reach.low) * R::ROW;
@@ -129,25 +134,28 @@ GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const
 }
 
 // Where a scan is: its stage's turn, the chunk of the box, and the turn of the weights.
-template <typename R, int SLOTS>
+template <typename R>
 struct ChunkTurn {
     Turn stage{0, 0}, slot{0, 0};
     int chunk = 0;
     GSPN2_DEVICE bool begins() const { return chunk == 0; }
     GSPN2_DEVICE bool ends() const { return chunk == R::CHUNKS - 1; }
     GSPN2_DEVICE void next(int stages) {
-        slot.next(SLOTS);
+        slot.next(R::SLOTS);
         if (++chunk == R::CHUNKS) chunk = 0, stage.next(stages);
     }
     // In the order of memory.
     GSPN2_DEVICE int place(bool backwards) const { return backwards ? R::CHUNKS - 1 - chunk : chunk; }
 };
 
-template <typename T, int WIDTH, int SETS, int SLOTS, bool VERTICAL, bool SOFTMAX, typename R>
+template <bool SOFTMAX, typename R>
 GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, const Reach& reach, int thread, int threads) {
+    using T = typename R::Type;
+    constexpr bool VERTICAL = R::VERTICAL;
+    constexpr int SETS = R::SETS;
     const Params& p = planes.scan;
     const int chunks = (at.last - at.first + R::CHUNK - 1) / R::CHUNK;
-    const int first = 3 * (at.index * p.groups + at.slice * WIDTH / (p.channels / p.groups));
+    const int first = 3 * (at.index * p.groups + at.slice * R::WIDTH / (p.channels / p.groups));
     const auto bias = [&](int plane) {
         if constexpr (!R::BIAS) return 0.f;
         const int logit = first + plane, all = 3 * p.count * p.groups;  // a ragged slice's last sets belong to nobody
@@ -157,10 +165,10 @@ GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, c
 #pragma unroll
     for (int t = 0; t < 3; ++t) shared[t] = bias(t);
     constexpr int UNIT = R::UNIT, ALONG = VERTICAL ? R::SPAN / UNIT : R::SPAN, ACROSS = VERTICAL ? R::CHUNK : R::CHUNK / UNIT;
-    ChunkTurn<R, SLOTS> turn;
+    ChunkTurn<R> turn;
     for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
         if (turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
-        if (n >= SLOTS) signal_wait(R::used(turn.slot.stage), turn.slot.parity ^ 1);
+        if (n >= R::SLOTS) signal_wait(R::used(turn.slot.stage), turn.slot.parity ^ 1);
         const unsigned char* const taps = R::box(turn.stage.stage, R::TILES);
         float* const weights = R::weights(turn.slot.stage);
         const int place = turn.place(at.backwards);
@@ -269,8 +277,11 @@ GSPN2_DEVICE void store_if(bool condition, T* to, const float (&values)[N]) {
     }
 }
 
-template <typename T, int WIDTH, int SETS, int SLOTS, int HALO, int CLUSTER, bool DECAY, bool VERTICAL, bool BACKWARDS, typename R>
+template <bool DECAY, bool BACKWARDS, typename R>
 GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const Reach& reach, int thread) {
+    using T = typename R::Type;
+    constexpr bool VERTICAL = R::VERTICAL;
+    constexpr int WIDTH = R::WIDTH, SETS = R::SETS, HALO = R::HALO, CLUSTER = R::CLUSTER;
     constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, VECTORS = VERTICAL ? CHUNK : PLACES, LENGTH = VERTICAL ? PLACES : R::PART;
     const Params& p = planes.scan;
     const int lines = at.last - at.first, chunks = (lines + CHUNK - 1) / CHUNK;
@@ -331,7 +342,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
         Words<T, LENGTH> x[VECTORS], lam[R::LAM ? VECTORS : 1], u[R::U ? VECTORS : 1];
     };
     constexpr bool EARLY = R::TILES * VECTORS * Words<T, LENGTH>::COUNT <= 40;  // the next chunk, amid this one
-    const auto take = [&](Taken& taken, const ChunkTurn<R, SLOTS>& turn) {
+    const auto take = [&](Taken& taken, const ChunkTurn<R>& turn) {
         const unsigned char* const box = R::box(turn.stage.stage, 0);
         const int place = turn.place(BACKWARDS);
         if (turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
@@ -354,7 +365,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
 
     float h[PLACES] = {};
     Taken taken;
-    ChunkTurn<R, SLOTS> turn;
+    ChunkTurn<R> turn;
     for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
         const int stage = turn.stage.stage, place = turn.place(BACKWARDS);
         if (!EARLY || n == 0) take(taken, turn);
@@ -392,7 +403,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
         for (int s = 0; s < CHUNK; ++s) {
             if constexpr (EARLY) {
                 if (s == CHUNK / 2 && n + 1 < chunks) {
-                    ChunkTurn<R, SLOTS> next = turn;
+                    ChunkTurn<R> next = turn;
                     next.next(planes.stages[VERTICAL]);
                     take(ahead, next);
                 }
@@ -465,10 +476,8 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
             if (!idle) {
 #pragma unroll
                 for (int k = 0; k < PLACES; ++k) {
-                    uint4 packed;
-                    alignas(16) unsigned words[4] = {result[k][0], result[k][1], result[k][2], result[k][3]};
-                    packed = *reinterpret_cast<const uint4*>(words);
-                    *reinterpret_cast<uint4*>(R::box(stage, 0) + (part[k] ^ place * 16)) = packed;
+                    alignas(16) const unsigned words[4] = {result[k][0], result[k][1], result[k][2], result[k][3]};
+                    *reinterpret_cast<uint4*>(R::box(stage, 0) + (part[k] ^ place * 16)) = *reinterpret_cast<const uint4*>(words);
                 }
             }
         }
@@ -480,9 +489,10 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
     }
 }
 
-template <typename T, int WIDTH, int SETS, int SPAN, int PLACES, int LINES, int SLOTS, int UNIT, int HALO, int CLUSTER, int HAS, bool DECAY, bool VERTICAL>
+template <bool DECAY, typename R>
 GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) {
-    using R = PlaneRing<T, WIDTH, SETS, SPAN, PLACES, LINES, SLOTS, UNIT, HALO, CLUSTER, HAS, VERTICAL>;
+    constexpr bool VERTICAL = R::VERTICAL;
+    constexpr int LINES = R::LINES, HALO = R::HALO, CLUSTER = R::CLUSTER;
     const int warp = warp_index(), normalizers = blockDim.x / 32 - BULK_SERVANTS - R::WARPS, stages = planes.stages[VERTICAL];
     const int rest = at.length - at.start - at.owned, batches = (at.last - at.first + LINES - 1) / LINES;
     // Shares and what is handed over are whole eights: what there is beyond the map is worth as much as a halo.
@@ -492,7 +502,7 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
         for (int stage = 0; stage < stages; ++stage) signal_init(R::full(stage));
         signals_ready();
         // On its way before the block, or even the cluster, has met.
-        if (at.owned) load_planes<WIDTH, LINES, VERTICAL, R>(planes, at, reach, 0, 1);
+        if (at.owned) load_planes<R>(planes, at, reach, 0, 1);
     }
     if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
         const int stage = threadIdx.x - 32;
@@ -513,21 +523,21 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
     if (!at.owned) return;
     const int thread = threadIdx.x - 32 * BULK_SERVANTS;
     if (warp == 0) {
-        if (threadIdx.x == 0) load_planes<WIDTH, LINES, VERTICAL, R>(planes, at, reach, 1, batches);
+        if (threadIdx.x == 0) load_planes<R>(planes, at, reach, 1, batches);
     } else if (warp == 1) {
         if constexpr (!VERTICAL) {
-            if (threadIdx.x == 32) store_planes<WIDTH, LINES, R>(planes, at, reach);
+            if (threadIdx.x == 32) store_planes<R>(planes, at, reach);
         }
     } else if (warp < BULK_SERVANTS + R::WARPS) {
         if (at.backwards) {
-            scan_lines<T, WIDTH, SETS, SLOTS, HALO, CLUSTER, DECAY, VERTICAL, true, R>(planes, at, reach, thread);
+            scan_lines<DECAY, true, R>(planes, at, reach, thread);
         } else {
-            scan_lines<T, WIDTH, SETS, SLOTS, HALO, CLUSTER, DECAY, VERTICAL, false, R>(planes, at, reach, thread);
+            scan_lines<DECAY, false, R>(planes, at, reach, thread);
         }
     } else if (planes.scan.softmax) {
-        normalize_planes<T, WIDTH, SETS, SLOTS, VERTICAL, true, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
+        normalize_planes<true, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
     } else {
-        normalize_planes<T, WIDTH, SETS, SLOTS, VERTICAL, false, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
+        normalize_planes<false, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
     }
 }
 
@@ -538,9 +548,11 @@ template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int 
 GSPN2_DEVICE void scan_planes(const PlaneParams& planes) {
     const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
+    using Rows = PlaneRing<T, WIDTH, SETS, SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
+    using Columns = PlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
     if (at.horizontal) {
-        scan_planes_along<T, WIDTH, SETS, SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, DECAY, false>(planes, at);
+        scan_planes_along<DECAY, Rows>(planes, at);
     } else {
-        scan_planes_along<T, WIDTH, SETS, SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, DECAY, true>(planes, at);
+        scan_planes_along<DECAY, Columns>(planes, at);
     }
 }

@@ -13,7 +13,7 @@ from gspn2_diffusion.ops import cuda, eager, planes
 from gspn2_diffusion.ops.cuda import Device, Launch, Work
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
-from .emulated import DEVICES, encode_box, execute, library, needs_compiler
+from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler
 from .scan_cases import CASES, NAMES, Case, assert_close, make_inputs
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -268,18 +268,7 @@ def test_emulated_boxes_match_torch(case, dtype, choices, monkeypatch):
     ids=str,
 )
 def test_a_plan_follows_other_tensors(case, known, monkeypatch):
-    def encode(box):
-        # Where the driver's maps are not understood, each call encodes them again.
-        encoded = encode_box(box).ljust(cuda.MAP_BYTES, b"\0")
-        return encoded if known else encoded[:-8] + encoded[:8]
-
-    def function(launch, _index):
-        launches.append(launch)
-        return lambda grid, block, arguments, shared, stream: execute(launch, arguments=arguments[0].tobytes())
-
-    launches: list[Launch] = []
-    for name, value in dict(_encode=encode, _function=function, _templates={}, _stream=lambda index: None).items():
-        monkeypatch.setattr(cuda, name, value)
+    launches = emulate_driver(monkeypatch, known)
     monkeypatch.setattr(cuda, "device_limits", lambda index: DEVICES["h100"])
     first, second = (
         [t if t is None else t.detach() for t in make_inputs(case, torch.bfloat16, seed)] for seed in (0, 1)

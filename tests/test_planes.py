@@ -12,7 +12,7 @@ from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
-from .emulated import DEVICES, execute, library, needs_compiler
+from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler
 from .scan_cases import Case, assert_close, make_features, planes_options
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -315,15 +315,7 @@ def test_no_planes_without_a_gpu():
 def test_a_plan_follows_other_tensors(monkeypatch):
     case = Case(1, 9, 32, 3)
     launches: list[Launch] = []
-
-    def function(launch, _index):
-        return lambda grid, block, arguments, shared, stream: execute(launch, arguments=arguments[0].tobytes())
-
-    from .emulated import encode_box
-
-    encode = lambda box: encode_box(box).ljust(cuda.MAP_BYTES, b"\0")  # noqa: E731
-    for name, value in dict(_encode=encode, _function=function, _templates={}, _stream=lambda index: None).items():
-        monkeypatch.setattr(cuda, name, value)
+    emulate_driver(monkeypatch)
     layout = layout_of(case)
     features, bias = make_features(case, BF16)
     y = planes.scan(features, bias, layout, False, 0, False, device=H100, execute=launches.append)

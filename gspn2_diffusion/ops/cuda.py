@@ -394,13 +394,18 @@ def _alignment(*tensors: torch.Tensor | None) -> int:
     return bits & -bits
 
 
+def expanded(*tensors: torch.Tensor | None) -> bool:
+    """Whether an element of these stands for several."""
+    present = [t for t in tensors if t is not None]
+    return any(s == 0 for t in present for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1)
+
+
 def _boxed(logits: torch.Tensor, *tensors: torch.Tensor | None) -> bool:
     """Whether the copy engine can address these: steps of whole 16 bytes, and a pixel's logits one after another."""
-    steps = [s for t in tensors if t is not None for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1]
     following = logits.shape[3] == 1 or logits.stride(3) == 3 * logits.shape[4]
     return (
         following
-        and min(steps, default=1) > 0
+        and not expanded(*tensors)
         and _alignment(*tensors) == 16
         and _logits_alignment(logits) > 0
         and _alignment(logits.flatten(3)) == 16

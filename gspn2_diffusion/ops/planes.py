@@ -320,10 +320,7 @@ def make_launch(
 
 def addressable(features: torch.Tensor) -> bool:
     """Whether the copy engine can read these planes: rows of whole 16 bytes, one after another."""
-    size = features.element_size()
-    steps = [s * size for n, s in zip(features.shape[:3], features.stride()[:3], strict=True) if n > 1]
-    aligned = all(step > 0 and step % 16 == 0 for step in steps)
-    return features.stride(3) == 1 and aligned and features.data_ptr() % 16 == 0
+    return features.stride(3) == 1 and not cuda.expanded(features) and cuda._alignment(features) == 16
 
 
 def scan(

@@ -141,10 +141,8 @@ def gspn2_scan(
 @torch.library.custom_op(
     "gspn2::scan_planes",
     mutates_args=(),
-    schema="(Tensor features, Tensor? bias, int channels, int groups, int gates, bool lam, bool u, "
-    + _OPTIONS
-    + ", bool decay=False)"
-    " -> Tensor",
+    schema="(Tensor features, Tensor? bias, int channels, int groups, int gates, bool lam, bool u,"
+    f" {_OPTIONS}, bool decay=False) -> Tensor",
 )
 def _scan_planes(features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False):
     layout = planes.Layout(channels, groups, tuple(directions), gates, lam, u)
