@@ -220,6 +220,23 @@ GSPN2_DEVICE unsigned add_words(unsigned word, BFloat16 value) {
 #endif
 }
 
+// The products of two words' elements, in their own type: as float32's, rounded once.
+GSPN2_DEVICE unsigned multiply_words(unsigned a, unsigned b, float) { return __float_as_uint(__uint_as_float(a) * __uint_as_float(b)); }
+GSPN2_DEVICE unsigned multiply_words(unsigned a, unsigned b, Half) {
+    unsigned result;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+GSPN2_DEVICE unsigned multiply_words(unsigned a, unsigned b, BFloat16) {
+#if __CUDA_ARCH__ >= 900
+    unsigned result;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+#else
+    return a;  // planes are scanned on Hopper only
+#endif
+}
+
 template <typename T>
 GSPN2_DEVICE T from_float(float value);
 template <>

@@ -405,6 +405,13 @@ GSPN2_DEVICE unsigned add_words(unsigned word, T value) {
     to_floats(word, value, low, high);
     return from_floats(value, low + to_float(value), high + to_float(value));
 }
+GSPN2_DEVICE unsigned multiply_words(unsigned a, unsigned b, float) { return float_as_bits(bits_as_float(a) * bits_as_float(b)); }
+template <typename T>
+GSPN2_DEVICE unsigned multiply_words(unsigned a, unsigned b, T type) {
+    float low[2], high[2];
+    to_floats(a, type, low[0], high[0]), to_floats(b, type, low[1], high[1]);
+    return from_floats(type, low[0] * low[1], high[0] * high[1]);
+}
 
 namespace emulation {
 

@@ -5,6 +5,8 @@
 using Arguments = BulkParams;
 #elif defined(GSPN2_PLANES)
 using Arguments = PlaneParams;
+#elif defined(GSPN2_PLANES_BACKWARD)
+using Arguments = PlaneBackwardParams;
 #else
 using Arguments = Params;
 #endif
@@ -15,6 +17,8 @@ using Arguments = Params;
 #define KERNEL gspn2_bulk
 #elif defined(GSPN2_PLANES)
 #define KERNEL gspn2_planes
+#elif defined(GSPN2_PLANES_BACKWARD)
+#define KERNEL gspn2_planes_backward
 #elif defined(GSPN2_BULK_BACKWARD)
 #define KERNEL gspn2_bulk_backward
 #elif defined(GSPN2_BACKWARD)
@@ -46,6 +50,10 @@ extern "C" int needed_shared_bytes(int positions, int stages) {
     using Rows = PlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_PLACES_ROWS, GSPN2_LINES_ROWS, GSPN2_SLOTS, GSPN2_UNIT_ROWS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, false>;
     using Columns = PlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_COLUMNS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_COLUMNS, GSPN2_SLOTS, GSPN2_UNIT_COLUMNS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, true>;
     return std::max(Rows::BOXES + stages * Rows::STAGE, Columns::BOXES + stages * Columns::STAGE);
+#elif defined(GSPN2_PLANES_BACKWARD)
+    using Rows = BackwardPlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_SHARE_ROWS, GSPN2_PLACES_ROWS, GSPN2_LINES_ROWS, GSPN2_STAGES_ROWS, GSPN2_SLOTS, GSPN2_UNIT_ROWS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY, false>;
+    using Columns = BackwardPlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_COLUMNS, GSPN2_SHARE_COLUMNS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_COLUMNS, GSPN2_STAGES_COLUMNS, GSPN2_SLOTS, GSPN2_UNIT_COLUMNS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY, true>;
+    return std::max(Rows::BOXES + Rows::STAGES * Rows::STAGE, Columns::BOXES + Columns::STAGES * Columns::STAGE);
 #else
     return backward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
 #endif

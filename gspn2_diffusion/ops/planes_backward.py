@@ -1,0 +1,383 @@
+"""The gradients of a scan from planes: what training takes on Hopper, where the table has a row.
+
+`choose` is the table; docs/kernel.md says why. `planes.py` has the forward.
+"""
+
+import struct
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from . import cuda
+from .cuda import Box, Device, Launch
+from .planes import (
+    ANY,
+    CLUSTERS,
+    MOST_SLOTS,
+    MOST_STAGES,
+    SERVANTS,
+    WAYS,
+    Layout,
+    Work,
+    addressable,
+    lane_places,
+    sum_of_directions,
+)
+from .planes import _up as up
+
+MAPS = 9  # of x, lam, u, logits, dy, the state and the gradients of x, lam and u, for each of both ways along a map
+FEATURES, GRAD_Y, STATE, GRADS = 0, 5, 4, 6  # tensors, by the number that a launch's boxes have
+H_HALO = 8  # positions of the state on either side of a share
+PARTS = torch.float32  # of sums over part of a group's channels
+
+
+class Variant(NamedTuple):
+    width: int  # channels of a slice
+    sets: int  # of weights: one, or one for each channel
+    cluster: int
+    # For scans along rows and along columns.
+    spans: tuple[int, int]  # positions of a block, halos included
+    shares: tuple[int, int]  # without
+    places: tuple[int, int]  # positions of a scanning lane
+    lines: tuple[int, int]  # of a box
+    units: tuple[int, int]  # what a normalising lane does at once
+    stages: tuple[int, int]
+    slots: int
+    halo: int
+    workers: int  # warps that make gradients
+    normalizers: int  # warps
+    slices: int
+    parts: int  # slices of a group
+    threads: int
+    shared: int
+    grid: int
+    promotion: int
+
+
+def make_variant(
+    work: Work,
+    width: int,
+    cluster: int = 1,
+    lines: tuple[int, int] = (16, 8),
+    places: tuple[int, int] = (3, 4),
+    units: tuple[int, int] = (4, 2),
+    workers: int = 4,
+    normalizers: int = 4,
+    slots: int = 3,
+    halo: int = 8,
+    promotion: int = 2,
+    shared: int = 227 << 10,
+    most_stages: int = MOST_STAGES,
+) -> Variant | None:
+    """The variant with these choices (of `places` and `units` the most) and as many stages as `shared` bytes hold, None
+    where a block cannot have it."""
+    D, G = work.layout.D, work.layout.G
+    sets = width if G == D and G > 1 else 1
+    if (sets == 1 and G > 1 and D // G % width) or not 1 <= slots <= MOST_SLOTS:
+        return None
+    halos = 2 * halo if cluster > 1 else 0
+    spans, shares, stages, chosen, at_once = [8 + halos] * 2, [8, 8], [1, 1], [2, 2], [1, 1]
+    warps = used = 0
+    for along in (0, 1):
+        each, all_lines = lines[along], work.lines(along)
+        chunk = min(each, 8) if along else 16 // work.size
+        row = each * work.size
+        if each % chunk or halo % chunk or halo % 8 or (not along and row not in (16, 32, 64, 128)):
+            return None
+        if along not in work.ways:
+            continue
+        # A box may reach beyond a map but not into the next segment, from either end.
+        if all_lines < (work.H if along else work.W) and (all_lines % each or (not along and work.W % each)):
+            return None
+        share = shares[along] = max(up(-(-work.length(along) // cluster), 8), halo if cluster > 1 else 0)
+        span = spans[along] = share + halos
+        chosen[along] = lane_places(span, places[along], along)
+        at_once[along] = units[along] if along else min(units[along], chunk)
+        if not chosen[along] or span > 256 or each > 256 or 3 * sets > 256:
+            return None
+        of_h, of_lam = share + (2 * H_HALO if cluster > 1 else 0), span if work.decay else share
+        tiles = [span, *[span] * work.layout.u, of_h, share, *[of_lam] * work.layout.lam]
+        stage = sum(up(width * row * positions) for positions in tiles) + up(3 * sets * row * span)
+        scanning = -(-width // (32 // (span // chosen[along])))
+        exchange = 4 * halo * width * 4 if cluster > 1 else 0
+        signals = up(8 * (3 * MOST_STAGES + 3 * MOST_SLOTS + (4 * scanning if cluster > 1 else 0)), 16)
+        before = up(signals + exchange) + up(slots * chunk * sets * span * 16)
+        batches = -(-all_lines // each)
+        stages[along] = min(most_stages, batches, (shared - before) // stage)
+        if stages[along] < min(2, batches):
+            return None
+        used = max(used, before + stages[along] * stage)
+        warps = max(warps, scanning)
+    threads = 32 * (SERVANTS + workers + normalizers + warps)
+    if threads > 1024:
+        return None
+    slices = -(-D // width)
+    grid = work.B * len(work.layout.directions) * work.segments * slices * cluster
+    return Variant(
+        width,
+        sets,
+        cluster,
+        (spans[0], spans[1]),
+        (shares[0], shares[1]),
+        (chosen[0], chosen[1]),
+        lines,
+        (at_once[0], at_once[1]),
+        (stages[0], stages[1]),
+        slots,
+        halo,
+        workers,
+        normalizers,
+        slices,
+        1 if sets > 1 else -(-D // G // width),
+        threads,
+        used,
+        grid,
+        promotion,
+    )
+
+
+class Row(NamedTuple):
+    """A row of the table, one for each class of shapes (docs/kernel.md)."""
+
+    shortest: int  # positions of a line
+    longest: int
+    own: bool  # whether each channel has weights of its own
+    size: int  # bytes of an element
+    share: int  # positions of a block at most, halos not included, where clusters may be large enough for that
+    width: int  # channels of a slice at most
+    lines: tuple[int, int]
+    places: tuple[int, int]
+    units: tuple[int, int]
+    workers: int
+    normalizers: int
+    halo: int = 16
+    slots: int = 3
+    promotion: int = 2
+
+
+# Drawn up without a GPU.
+ROWS = (
+    Row(32, 40, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
+    Row(41, 96, False, 2, 96, 5, (16, 8), (3, 4), (4, 2), 4, 6),
+    Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 4, 6),
+    Row(129, 2048, False, 2, 64, 6, (16, 8), (3, 4), (4, 2), 4, 6),
+    Row(129, 2048, True, 2, 64, 2, (16, 8), (3, 4), (4, 2), 6, 6),
+    Row(129, 2048, True, 4, 64, 2, (8, 8), (3, 4), (4, 2), 6, 6),
+)
+
+
+def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
+    """The row of the table for maps of these sides, None where channels last are to be scanned."""
+    longest, own = max(height, width), groups == channels > 1
+    fits = (r for r in ROWS if r.shortest <= longest <= r.longest and (r.own, r.size) == (own, size))
+    return next(fits, None) if width * size % 16 == 0 else None
+
+
+@lru_cache(4096)
+def choose(work: Work, device: Device) -> Variant | None:
+    """The variant for `work`, None where channels last are to be scanned."""
+    D = work.layout.D
+    row = row_of(work.H, work.W, D, work.layout.G, work.size) if device.boxes else None
+    if row is None:
+        return None
+    cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
+    # As wide as all slices need, so that none is nearly empty.
+    widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
+    if cluster == 1:
+        # As narrow as all blocks still run at once.
+        blocks = work.B * len(work.layout.directions) * work.segments
+        enough = [n for n in range(row.width, 0, -1) if blocks * -(-D // n) <= device.processors]
+        widths = enough[-1:] + widths
+    options = dict(slots=row.slots, halo=row.halo, promotion=row.promotion, shared=device.shared)
+    chosen = (row.lines, row.places, row.units, row.workers, row.normalizers)
+    made = (make_variant(work, n, cluster, *chosen, **options) for n in dict.fromkeys(widths))
+    return next((v for v in made if v is not None), None)
+
+
+def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
+    """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for parts."""
+    name = cuda.STORAGE_NAMES[storage]
+    choices: dict[str, object] = dict(
+        STORAGE=name,
+        LOGITS=name,
+        WIDTH=variant.width,
+        SETS=variant.sets,
+        SLOTS=variant.slots,
+        HALO=variant.halo,
+        CLUSTER=variant.cluster,
+        HAS=has,
+        DECAY=int(decay),
+        THREADS=up(variant.threads, 64),
+    )
+    both = dict(
+        SPAN=variant.spans,
+        SHARE=variant.shares,
+        PLACES=variant.places,
+        LINES=variant.lines,
+        UNIT=variant.units,
+        STAGES=variant.stages,
+    )
+    for what, values in both.items():
+        choices |= {f"{what}_{way}": value for way, value in zip(WAYS, values, strict=True)}
+    return ("-DGSPN2_PLANES_BACKWARD", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
+
+
+class Gradients(NamedTuple):
+    """What a launch writes: (planes, B, H, W) each, every direction apart; the logits' in float32 parts, (parts, planes,
+    B, H, W), where a group's channels span slices."""
+
+    x: torch.Tensor
+    lam: torch.Tensor | None
+    u: torch.Tensor | None
+    logits: torch.Tensor
+
+
+def make_launch(
+    grad_y: torch.Tensor,
+    state: torch.Tensor,
+    features: torch.Tensor,
+    bias: torch.Tensor | None,
+    grads: Gradients,
+    work: Work,
+    variant: Variant,
+    softmax: bool,
+) -> Launch:
+    """`features` (F, B, H, W), `grad_y` (K D or D, B, H, W) and `state` (K D, B, H, W), rows of which are contiguous."""
+    layout, size = work.layout, work.size
+    x, lam, u, _ = layout.sizes
+    boxes = []
+
+    def add(place: int, along: int, tensor: int, t: torch.Tensor, positions: int, planes: int) -> None:
+        line = variant.lines[along]
+        inner = (line, positions) if not along else (positions, line)
+        boxes.append(
+            Box(
+                MAPS * along + place,
+                tensor,
+                t.data_ptr(),
+                (work.W, work.H, work.B, t.shape[0], 1),
+                (*(t.stride(n) * size if t.shape[n] > 1 else 16 for n in (2, 1, 0)), 16),
+                (*inner, 1, planes, 1),
+                size,
+                variant.promotion,
+                0 if along else cuda.SWIZZLES.get(line * size, 0),
+            )
+        )
+
+    for along in work.ways:
+        span, share, width = variant.spans[along], variant.shares[along], variant.width
+        halo = H_HALO if variant.cluster > 1 else 0
+        add(0, along, FEATURES, features, share, width)
+        add(1, along, FEATURES, features, span if work.decay else share, width)
+        add(2, along, FEATURES, features, span, width)
+        add(3, along, FEATURES, features, span, 3 * variant.sets)
+        add(4, along, GRAD_Y, grad_y, span, width)
+        add(5, along, STATE, state, share + 2 * halo, width)
+        if not along:
+            for n, grad in enumerate(grads[:3]):
+                if grad is not None:
+                    add(GRADS + n, along, GRADS + n, grad, share, 1)
+    packed = sum(direction << 2 * k for k, direction in enumerate(layout.directions))
+    views = [(0,) * 6] * 11
+    for n, grad in enumerate(grads[:3]):
+        if grad is not None:
+            views[6 + n] = (grad.data_ptr(), *grad.stride()[1:3], 1, layout.D * grad.stride(0), grad.stride(0))
+    each = grads.logits[0] if variant.parts > 1 else grads.logits
+    per_direction = 3 * layout.G * each.stride(0)
+    views[10 if variant.parts > 1 else 9] = (each.data_ptr(), *each.stride()[1:3], 1, per_direction, each.stride(0))
+    params = cuda.PARAMS.pack(
+        *(v for view in views for v in view),
+        grads.logits.stride(0) if variant.parts > 1 else 0,
+        *(work.B, work.H, work.W, layout.D, len(layout.directions), layout.G, packed),
+        *(work.segment or max(work.H, work.W), work.segments, variant.slices, variant.parts, softmax),
+    )
+    gates = layout.D if layout.gates > 1 else 0
+    per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
+    params += struct.pack(
+        "q6i", 0 if bias is None else bias.data_ptr(), x, x + lam, x + lam + u, gates, per_y, variant.workers
+    )
+    has = layout.lam + 2 * layout.u + 4 * (bias is not None) + 8 * (variant.parts > 1)
+    chosen = defines(variant, features.dtype, has, work.decay)
+    block = (variant.threads, 1)
+    return Launch(
+        "gspn2_planes_backward",
+        chosen,
+        params,
+        variant.grid,
+        block,
+        variant.cluster,
+        variant.shared,
+        tuple(boxes),
+        2 * MAPS,
+    )
+
+
+def work_of(features: torch.Tensor, layout: Layout, segment: int, decay: bool) -> Work:
+    _, B, H, W = features.shape
+    return Work(B, H, W, layout, 0 if segment >= max(H, W) else segment, features.element_size(), decay)
+
+
+def variant_for(
+    features: torch.Tensor, layout: Layout, segment: int, decay: bool, device: Device | None = None
+) -> Variant | None:
+    """None where there is none."""
+    if features.dtype not in cuda.STORAGE_NAMES or not features.numel() or not addressable(features):
+        return None
+    work = work_of(features, layout, segment, decay)
+    return choose(work, device or cuda.device_limits(features.device.index))
+
+
+def scan_backward(
+    grad_y: torch.Tensor,
+    state: torch.Tensor,
+    features: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: Layout,
+    softmax: bool,
+    segment: int,
+    decay: bool,
+    *,
+    device: Device | None = None,
+    execute: Callable[[Launch], None] | None = None,
+) -> torch.Tensor | None:
+    """The gradient of `features`, (F, B, H, W), in one launch and torch's sums, None where there is no variant.
+
+    `grad_y` is (K D, B, H, W), or (D, B, H, W) of the directions' sum; `state` what the forward saved. `device` and
+    `execute` are for tests.
+    """
+    variant = variant_for(features, layout, segment, decay, device)
+    if variant is None:
+        return None
+    grad_y, state = (t if addressable(t) else t.contiguous() for t in (grad_y, state))
+    D, K = layout.D, len(layout.directions)
+    x, lam, u, logits = layout.sizes
+    pixels = features.shape[1:]
+    # Features, bias and gradients go into the launch by address: they stay in the projection's order.
+    grad = features.new_empty(features.shape)
+    of_x, of_lam, of_u, of_logits, rest = grad.split((x, lam, u, logits, len(grad) - x - lam - u - logits))
+    own = layout.gates == K
+
+    def each_direction(there: bool, t: torch.Tensor) -> torch.Tensor | None:
+        return (t if own else features.new_empty(K * D, *pixels)) if there else None
+
+    parts = of_logits
+    if variant.parts > 1:
+        parts = torch.empty((variant.parts, *of_logits.shape), dtype=PARTS, device=features.device)
+    of_directions = of_x if K == 1 else features.new_empty(K * D, *pixels)
+    grads = Gradients(of_directions, each_direction(layout.lam, of_lam), each_direction(layout.u, of_u), parts)
+    work = work_of(features, layout, segment, decay)
+    (execute or cuda._execute)(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
+    if K > 1:
+        of_x.copy_(sum_of_directions(of_directions, K))
+    for apart, whole in ((grads.lam, of_lam), (grads.u, of_u)):
+        if apart is not None and not own:
+            whole.copy_(sum_of_directions(apart, K))
+    if variant.parts > 1:
+        of_logits.copy_(parts.sum(0))
+    rest.zero_()
+    return grad
+
+
+__all__ = ["ANY", "Variant", "choose", "make_variant", "row_of", "scan_backward", "variant_for"]

@@ -1,0 +1,702 @@
+// The backward scan from planes, from the last line to the first: g = u dy + (three transposed taps of the line after).
+//
+// Only g depends on the line after. So scanning lanes make nothing but g, from dy, u and the weights, and leave it, in the storage
+// type, where they read u (dy, where there is no u). Everything else follows from g without any order, and other warps do it:
+// dx = lam g, dlam = x g, du = h dy, which are products of two stored values, rounded once, and so take two elements an
+// instruction; and dw[t] = the sum over the slice's channels of g[i, j] h[i-1, j+t], channel by channel in the registers of the
+// lane that has these positions, so that no sum leaves a lane before it is complete and has been through the normaliser.
+//
+//     full (the engine's bytes) -> ready (a chunk's weights) -> scanned (its g) -> used (nobody needs the chunk's weights), done
+//     (nor the stage's boxes; horizontally: the gradients are there) -> empty (they have been read)
+//
+// A task is 16 bytes, for each of 32 lanes, of each channel: a chunk of lines of a position where a line is a column, positions of a
+// line where it is a row. A slice that has only part of its group's channels writes float32 parts, to be added afterwards.
+// Halos are there for g alone: x and lam are read for the own positions, h for a few more.
+#pragma once
+
+#include "planes.cuh"
+
+enum { BACK_X, BACK_LAM, BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_DX, BACK_DLAM, BACK_DU, BACK_MAPS };
+
+struct PlaneBackwardParams {
+    TensorMap maps[2][BACK_MAPS];  // for scans along rows and along columns: (column, row, batch, plane, 1)
+    Params scan;                   // its views only of gradients; planes apart by `group`
+    const void* bias;              // of every plane
+    int lam, u, logits;            // their first planes
+    int gates, dy;                 // planes from one direction's gates to the next one's; the same of dy
+    int workers;                   // warps that make gradients
+};
+
+enum { HAS_PARTS = 8 };
+
+// SHARE: positions of SPAN without halos.
+template <typename T, int WIDTH_, int SETS_, int SPAN_, int SHARE_, int PLACES_, int LINES_, int STAGES_, int SLOTS_, int UNIT_, int HALO_,
+          int CLUSTER_, int HAS, bool DECAY_, bool VERTICAL_>
+struct BackwardPlaneRing {
+    using Type = T;
+    static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
+    static constexpr int SLOTS = SLOTS_, UNIT = UNIT_, HALO = HALO_, CLUSTER = CLUSTER_;
+    static constexpr bool VERTICAL = VERTICAL_, DECAY = DECAY_;
+    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS, PARTS = HAS & HAS_PARTS;
+    static constexpr int SIZE = sizeof(T), PART = 16 / SIZE;
+    static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
+    static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
+    static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;
+    static constexpr int TASK_LANES = CHUNK * SHARE / PART, TASKS_OF_SET = (TASK_LANES + 31) / 32, TASKS = SETS * TASKS_OF_SET;  // of a chunk
+    static_assert(SETS == 1 || SETS == WIDTH, "one for all channels or for each");
+    static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
+    static_assert(PER_CHANNEL <= 32 && SPAN % 8 == 0 && SPAN % PLACES == 0, "a channel stays within a warp");
+    static_assert(LINES % CHUNK == 0 && HALO % CHUNK == 0 && HALO % 8 == 0, "edges are exchanged between chunks");
+    // Positions that a box has before the share.
+    static constexpr int LOW = CLUSTER > 1 ? HALO : 0, H_LOW = CLUSTER > 1 ? 8 : 0, LAM_LOW = DECAY ? LOW : 0;
+    static constexpr int H_SPAN = SHARE + 2 * H_LOW, LAM_SPAN = DECAY ? SPAN : SHARE;
+    static_assert(SPAN == SHARE + 2 * LOW, "halos on both sides");
+    // Four floats a position: its weights and the sum of its sigmoids. Together, or in rows (planes.cuh).
+    static constexpr bool FOURS = PLACES > 1 && PLACES % 2;
+    static constexpr int WEIGHTS = 4 * SPAN;
+    static constexpr int COUNT = 3 * MOST_STAGES + 3 * MOST_SLOTS;
+    static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 * WARPS : 0) + 1) / 2 * 16, INBOX = WIDTH * HALO;
+    static constexpr int up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+    static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
+    static constexpr int SLOT = CHUNK * SETS * WEIGHTS, BOXES = HEADER + up(SLOTS * SLOT * 4);
+    static constexpr int tile(int span) { return up(WIDTH * LINES * span * SIZE); }
+    static constexpr int DY_AT = 0, U_AT = tile(SPAN), H_AT = U_AT + U * tile(SPAN), X_AT = H_AT + tile(H_SPAN), LAM_AT = X_AT + tile(SHARE);
+    static constexpr int TAPS_AT = LAM_AT + LAM * tile(LAM_SPAN), STAGE = TAPS_AT + up(3 * SETS * LINES * SPAN * SIZE);
+    static constexpr int G_AT = U ? U_AT : DY_AT;
+    // Bytes that arrive for a stage. Without lam dx is g, and nobody needs x.
+    static constexpr int LOADED = LINES * SIZE * (SPAN * (WIDTH * (1 + U) + 3 * SETS) + WIDTH * (H_SPAN + LAM * (SHARE + LAM_SPAN)));
+
+    GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
+    GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
+    GSPN2_DEVICE static Signal* done(int stage) { return signals() + MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* empty(int stage) { return signals() + 2 * MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* ready(int slot) { return signals() + 3 * MOST_STAGES + slot; }
+    GSPN2_DEVICE static Signal* scanned(int slot) { return signals() + 3 * MOST_STAGES + MOST_SLOTS + slot; }
+    GSPN2_DEVICE static Signal* used(int slot) { return signals() + 3 * MOST_STAGES + 2 * MOST_SLOTS + slot; }
+    // Each warp waits for the edges of its own channels.
+    GSPN2_DEVICE static Signal* arrived(int exchange, int side, int warp) {
+        return signals() + COUNT + (2 * (exchange & 1) + side) * WARPS + warp;
+    }
+    GSPN2_DEVICE static float* inbox(int exchange, int side) {
+        return reinterpret_cast<float*>(shared_memory() + SIGNALS) + (2 * (exchange & 1) + side) * INBOX;
+    }
+    GSPN2_DEVICE static unsigned char* box(int stage) { return shared_memory() + BOXES + stage * STAGE; }
+    GSPN2_DEVICE static float* weights(int slot) { return reinterpret_cast<float*>(shared_memory() + HEADER) + slot * SLOT; }
+    GSPN2_DEVICE static int weight(int line, int set, int tap, int position) {
+        return (line * SETS + set) * WEIGHTS + (FOURS ? 4 * position + tap : tap * SPAN + position);
+    }
+    // As PlaneRing's, of a box with so many positions.
+    GSPN2_DEVICE static int column_part(int span, int plane, int position, int chunk) {
+        return swizzled<ROW>((plane * span + position) * ROW) ^ chunk * 16;
+    }
+    GSPN2_DEVICE static int row_part(int span, int plane, int line, int position) { return ((plane * LINES + line) * span + position) * SIZE; }
+};
+
+// Lines in memory, from the scan's last to its first: upwards where the scan goes backwards. Boxes begin at `low` and whole boxes
+// from there, so that what they have beyond the map is at its end: there dy is 0, and g stays 0.
+struct BackwardLines {
+    bool ascending;
+    int low, high;
+    GSPN2_DEVICE BackwardLines(const Place& at, const Params& p) : ascending(at.backwards) {
+        const int all = at.horizontal ? p.width : p.height;
+        low = ascending ? all - at.last : at.first, high = ascending ? all - at.first : at.last;
+    }
+    GSPN2_DEVICE int batches(int lines) const { return (high - low + lines - 1) / lines; }
+    GSPN2_DEVICE int box(int batch, int lines) const { return low + (ascending ? batch : batches(lines) - 1 - batch) * lines; }
+};
+
+template <typename R>
+GSPN2_DEVICE void load_backward_planes(const PlaneBackwardParams& planes, const Place& at, int batch, int end) {
+    constexpr bool VERTICAL = R::VERTICAL;
+    const Params& p = planes.scan;
+    const BackwardLines lines(at, p);
+    const TensorMap* const maps = planes.maps[VERTICAL];
+    const int channel = at.slice * R::WIDTH, position = at.start - R::LOW;
+    const int logits = planes.logits + 3 * (at.index * p.groups + channel / (p.channels / p.groups));
+    const int gate = at.index * planes.gates + channel;
+    Turn turn{0, 0};
+    for (int n = 0; n < batch; ++n) turn.next(R::STAGES);
+    for (; batch < end; ++batch, turn.next(R::STAGES)) {
+        const int stage = turn.stage, line = lines.box(batch, R::LINES);
+        Signal* const full = R::full(stage);
+        if (batch >= R::STAGES) signal_wait(VERTICAL ? R::done(stage) : R::empty(stage), turn.parity ^ 1);
+        signal_expect(full, R::LOADED);
+        const auto load = [&](int to, int map, int from, int plane) {
+            plane_box(R::box(stage) + to, maps[map], VERTICAL, line, from, at.batch, plane, full);
+        };
+        load(R::TAPS_AT, BACK_LOGITS, position, logits);
+        load(R::DY_AT, BACK_DY, position, at.index * planes.dy + channel);
+        if constexpr (R::U) load(R::U_AT, BACK_U, position, planes.u + gate);
+        load(R::H_AT, BACK_H, at.start - R::H_LOW, at.index * p.channels + channel);
+        if constexpr (R::LAM) {
+            load(R::LAM_AT, BACK_LAM, at.start - R::LAM_LOW, planes.lam + gate);
+            load(R::X_AT, BACK_X, at.start, channel);
+        }
+    }
+}
+
+// Of scans along rows.
+template <typename R>
+GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const Place& at) {
+    const BackwardLines lines(at, planes.scan);
+    const int batches = lines.batches(R::LINES), first = at.slice * R::WIDTH, all = planes.scan.channels;
+    const int count = all - first < R::WIDTH ? all - first : R::WIDTH;
+    Turn turn{0, 0};
+    for (int batch = 0; batch < batches; ++batch, turn.next(R::STAGES)) {
+        const int line = lines.box(batch, R::LINES);
+        const unsigned char* const box = R::box(turn.stage);
+        signal_wait(R::done(turn.stage), turn.parity);
+        for (int c = 0; c < count; ++c) {
+            const auto store = [&](int map, int from, int span, int low) {
+                store_box(planes.maps[0][map], line, at.start, at.batch, at.index * all + first + c, 0, box + from + (c * span + low) * R::ROW);
+            };
+            store(BACK_DX, R::X_AT, R::SHARE, 0);
+            if constexpr (R::LAM) store(BACK_DLAM, R::LAM_AT, R::LAM_SPAN, R::LAM_LOW);
+            if constexpr (R::U) store(BACK_DU, R::DY_AT, R::SPAN, R::LOW);
+        }
+        end_group();
+        groups_read<0>();
+        signal_arrive(R::empty(turn.stage));
+    }
+}
+
+// As `normalize`; zeros beyond the map, from where nothing may come through a tap. The fourth is the sum of the sigmoids of the
+// taps that exist: a sigmoid is its weight times that. Softmax's slope is as if it were 0.
+template <bool SOFTMAX>
+GSPN2_DEVICE void weigh(float (&four)[4], const float (&logit)[3], int j, int length) {
+    const bool inside = j >= 0 && j < length, low = j > 0, high = j < length - 1;
+    if constexpr (SOFTMAX) {
+        float weight[3];
+        normalize(weight, logit, low, high, true);
+#pragma unroll
+        for (int t = 0; t < 3; ++t) four[t] = inside ? weight[t] : 0.f;
+        four[3] = 0.f;
+    } else {
+        float top = logit[1];
+        if (low && logit[0] > top) top = logit[0];
+        if (high && logit[2] > top) top = logit[2];
+        const float c = top < 0.f ? top : 0.f, shift = fast_exp(c);
+        float a[3];
+#pragma unroll
+        for (int t = 0; t < 3; ++t) a[t] = shift + fast_exp(c - logit[t] < 40.f ? c - logit[t] : 40.f);
+        if (!low) a[0] = 1.f;
+        if (!high) a[2] = 1.f;
+        const float outer = a[0] * a[2];
+        four[0] = low ? a[1] * a[2] : 0.f, four[1] = outer, four[2] = high ? a[0] * a[1] : 0.f;
+        const float total = four[0] + four[1] + four[2], scale = inside ? fast_divide(1.f, total) : 0.f;
+#pragma unroll
+        for (int t = 0; t < 3; ++t) four[t] *= scale;
+        // The heaviest tap's a is at most 2, another's at most e^40 + 1: no product leaves float32.
+        four[3] = shift * total * fast_divide(1.f, outer * a[1]);
+    }
+}
+
+template <bool SOFTMAX, typename R>
+GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& at, int thread, int threads) {
+    using T = typename R::Type;
+    constexpr bool VERTICAL = R::VERTICAL;
+    constexpr int SETS = R::SETS, UNIT = R::UNIT, ALONG = VERTICAL ? R::SPAN / UNIT : R::SPAN, ACROSS = VERTICAL ? R::CHUNK : R::CHUNK / UNIT;
+    const Params& p = planes.scan;
+    const BackwardLines lines(at, p);
+    const int chunks = lines.batches(R::LINES) * R::CHUNKS;
+    const int first = 3 * (at.index * p.groups + at.slice * R::WIDTH / (p.channels / p.groups));
+    const auto bias = [&](int plane) {
+        if constexpr (!R::BIAS) return 0.f;
+        const int logit = first + plane, all = 3 * p.count * p.groups;  // a ragged slice's last sets belong to nobody
+        return to_float(global_memory(static_cast<const T*>(planes.bias))[planes.logits + (logit < all ? logit : all - 1)]);
+    };
+    float shared[3];
+#pragma unroll
+    for (int t = 0; t < 3; ++t) shared[t] = bias(t);
+    Turn turn{0, 0}, slot{0, 0};
+    int chunk = 0;
+    for (int n = 0; n < chunks; ++n) {
+        if (chunk == 0) signal_wait(R::full(turn.stage), turn.parity);
+        if (n >= R::SLOTS) signal_wait(R::used(slot.stage), slot.parity ^ 1);
+        const unsigned char* const taps = R::box(turn.stage) + R::TAPS_AT;
+        float* const weights = R::weights(slot.stage);
+        const int place = lines.ascending ? chunk : R::CHUNKS - 1 - chunk;
+        for (int unit = thread; unit < SETS * ALONG * ACROSS; unit += threads) {
+            const int along = unit % ALONG, rest = unit / ALONG, across = rest % ACROSS, set = rest / ACROSS;
+            const int position = VERTICAL ? along * UNIT : along;
+            float read[3][UNIT], made[4][UNIT];
+#pragma unroll
+            for (int t = 0; t < 3; ++t) {
+                int offset;
+                if constexpr (VERTICAL) {
+                    offset = R::row_part(R::SPAN, 3 * set + t, place * R::CHUNK + (lines.ascending ? across : R::CHUNK - 1 - across), position);
+                } else {
+                    offset = R::column_part(R::SPAN, 3 * set + t, position, place) + across * UNIT * R::SIZE;
+                }
+                load_vector<T, UNIT>(read[t], reinterpret_cast<const T*>(taps + offset));
+                const float added = SETS > 1 ? bias(3 * set + t) : shared[t];
+#pragma unroll
+                for (int e = 0; e < UNIT; ++e) read[t][e] += added;
+            }
+#pragma unroll
+            for (int e = 0; e < UNIT; ++e) {
+                const float logit[3] = {read[0][e], read[1][e], read[2][e]};
+                float four[4];
+                weigh<SOFTMAX>(four, logit, at.start + position + (VERTICAL ? e : 0) - R::LOW, at.length);
+#pragma unroll
+                for (int t = 0; t < 4; ++t) made[t][e] = four[t];
+            }
+            if constexpr (VERTICAL && !R::FOURS) {
+#pragma unroll
+                for (int t = 0; t < 4; ++t) store_vector<float, UNIT>(weights + R::weight(across, set, t, position), made[t]);
+            } else {
+#pragma unroll
+                for (int e = 0; e < UNIT; ++e) {
+                    const int in_memory = across * UNIT + e, line = lines.ascending ? in_memory : R::CHUNK - 1 - in_memory;
+                    if constexpr (R::FOURS) {
+                        const float four[4] = {made[0][e], made[1][e], made[2][e], made[3][e]};
+                        store_vector<float, 4>(weights + R::weight(VERTICAL ? across : line, set, 0, position + (VERTICAL ? e : 0)), four);
+                    } else {
+#pragma unroll
+                        for (int t = 0; t < 4; ++t) weights[R::weight(line, set, t, position)] = made[t][e];
+                    }
+                }
+            }
+        }
+        warp_arrives(R::ready(slot.stage));
+        slot.next(R::SLOTS);
+        if (++chunk == R::CHUNKS) chunk = 0, turn.next(R::STAGES);
+    }
+}
+
+template <bool ASCENDING, typename R>
+GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, const Reach& reach, int thread) {
+    using T = typename R::Type;
+    constexpr bool VERTICAL = R::VERTICAL, DECAY = R::DECAY;
+    constexpr int WIDTH = R::WIDTH, SETS = R::SETS, HALO = R::HALO, CLUSTER = R::CLUSTER;
+    constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, VECTORS = VERTICAL ? CHUNK : PLACES, LENGTH = VERTICAL ? PLACES : R::PART;
+    const Params& p = planes.scan;
+    const int chunks = BackwardLines(at, p).batches(R::LINES) * R::CHUNKS;
+    // Beyond its warp's channels a lane does again what the last of them does, but writes nothing.
+    const int lane = thread % 32, warp = thread / 32, last = R::PER_WARP * R::PER_CHANNEL - 1, own = lane < last ? lane : last;
+    const int wanted = warp * R::PER_WARP + own / R::PER_CHANNEL, plane = wanted < WIDTH ? wanted : WIDTH - 1;
+    const int position = own % R::PER_CHANNEL * PLACES;
+    const bool idle = lane > last || wanted >= WIDTH;
+
+    T bias[2] = {};  // of u and lam
+    if constexpr (R::BIAS) {
+        const T* const from = global_memory(static_cast<const T*>(planes.bias));
+        const int channel = at.slice * WIDTH + plane, gate = at.index * planes.gates + (channel < p.channels ? channel : p.channels - 1);
+        if constexpr (R::U) bias[0] = from[planes.u + gate];
+        if constexpr (DECAY) bias[1] = from[planes.lam + gate];
+    }
+    // As in planes.cuh.
+    enum { FROM_LOW = 0, FROM_HIGH = 8, TO_LOW = 16, TO_HIGH = 24 };
+    unsigned edges = 0;
+    Remote to_low{}, to_high{};
+    constexpr int OTHER = 2 * R::INBOX;
+    constexpr int TOGETHER = PLACES & (PLACES - 1) ? 1 : PLACES < 4 ? PLACES : 4;
+    [[maybe_unused]] const int channels = WIDTH - warp * R::PER_WARP < R::PER_WARP ? WIDTH - warp * R::PER_WARP : R::PER_WARP;
+    if constexpr (CLUSTER > 1) {
+        static_assert(PLACES <= 8, "eight bits for each of four");
+#pragma unroll
+        for (int k = 0; k < PLACES; ++k) {
+            const int j = position + k - HALO, beyond = j - reach.owned;
+            edges |= (position + k < reach.from_low) << (FROM_LOW + k);
+            edges |= (beyond >= 0 && beyond < reach.from_high) << (FROM_HIGH + k);
+            const bool sends = j >= 0 && j < reach.owned && !idle;
+            edges |= (sends && reach.from_low && j < HALO) << (TO_LOW + k);
+            edges |= (sends && reach.from_high && j >= reach.owned - HALO) << (TO_HIGH + k);
+        }
+        const int j = position - HALO;
+        if (reach.from_low) to_low = remote(R::inbox(0, 1) + plane * HALO + j, R::arrived(0, 1, warp), at.rank - 1);
+        if (reach.from_high) to_high = remote(R::inbox(0, 0) + (plane + 1) * HALO + j - reach.owned, R::arrived(0, 0, warp), at.rank + 1);
+    }
+    // Nothing comes from beyond a channel's ends; a lane there is handed what another channel's has.
+    const float from_lower = position > 0, from_higher = position + PLACES < R::SPAN;
+    int part[PLACES];  // bytes into the boxes of SPAN positions
+#pragma unroll
+    for (int k = 0; k < PLACES; ++k) part[k] = VERTICAL ? R::row_part(R::SPAN, plane, 0, position) : R::column_part(R::SPAN, plane, position + k, 0);
+
+    float passed[PLACES] = {}, weight[3][PLACES] = {};  // of the line after, what goes through its taps, and these
+    Turn turn{0, 0}, slot{0, 0};
+    int chunk = 0;
+    for (int n = 0; n < chunks; ++n) {
+        unsigned char* const box = R::box(turn.stage);
+        const int place = ASCENDING ? chunk : R::CHUNKS - 1 - chunk;
+        // Where a line's positions, or a position's lines, are: a vector of them for each line, or position.
+        const auto at_vector = [&](int v) {
+            return VERTICAL ? part[0] + (place * CHUNK + (ASCENDING ? v : CHUNK - 1 - v)) * R::SPAN * R::SIZE : part[VERTICAL ? 0 : v] ^ place * 16;
+        };
+        const auto get = [&](const auto& from, int s, int k) { return VERTICAL ? from[s].get(k) : from[k].get(ASCENDING ? s : CHUNK - 1 - s); };
+        if (chunk == 0) signal_wait(R::full(turn.stage), turn.parity);
+        Words<T, LENGTH> dy[VECTORS], u[R::U ? VECTORS : 1], lam[DECAY ? VECTORS : 1];
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+            dy[v].load(box + R::DY_AT + at_vector(v));
+            if constexpr (R::U) u[v].load(box + R::U_AT + at_vector(v));
+            if constexpr (DECAY) lam[v].load(box + R::LAM_AT + at_vector(v));
+            if constexpr (R::BIAS && R::U) u[v].add(bias[0]);
+            if constexpr (R::BIAS && DECAY) lam[v].add(bias[1]);
+        }
+        signal_wait(R::ready(slot.stage), slot.parity);
+        if constexpr (CLUSTER > 1) {
+            const int exchange = n / (HALO / CHUNK);
+            if (n > 0 && n % (HALO / CHUNK) == 0) {
+                if (reach.from_low) {
+                    if (lane == 0) signal_expect(R::arrived(exchange, 0, warp), HALO * channels * 4);
+                    signal_wait(R::arrived(exchange, 0, warp), (exchange - 1) / 2 & 1);
+                }
+                if (reach.from_high) {
+                    if (lane == 0) signal_expect(R::arrived(exchange, 1, warp), reach.from_high * channels * 4);
+                    signal_wait(R::arrived(exchange, 1, warp), (exchange - 1) / 2 & 1);
+                }
+                const float* const low = R::inbox(exchange, 0) + plane * HALO + position;
+                const float* const high = R::inbox(exchange, 1) + plane * HALO + position - HALO - reach.owned;
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    if (edges >> (FROM_LOW + k) & 1) passed[k] = low[k];
+                    if (edges >> (FROM_HIGH + k) & 1) passed[k] = high[k];
+                }
+            }
+        }
+        const float* const weights = R::weights(slot.stage) + R::weight(0, SETS > 1 ? plane : 0, 0, position);
+        unsigned result[VERTICAL ? 1 : PLACES][4];
+        float before_last[PLACES];
+#pragma unroll
+        for (int s = 0; s < CHUNK; ++s) {
+            // This line's weights are not needed before the next one.
+            float w[3][PLACES];
+            if constexpr (R::FOURS) {
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    float four[4];
+                    load_vector<float, 4>(four, weights + R::weight(s, 0, 0, k));
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) w[t][k] = four[t];
+                }
+            } else {
+#pragma unroll
+                for (int t = 0; t < 3; ++t) load_vector<float, PLACES>(w[t], weights + R::weight(s, 0, t, 0));
+            }
+            const float lower = shuffle_up(weight[2][PLACES - 1] * passed[PLACES - 1]), higher = shuffle_down(weight[0][0] * passed[0]);
+            float g[PLACES];
+#pragma unroll
+            for (int k = 0; k < PLACES; ++k) {
+                g[k] = get(dy, s, k);
+                if constexpr (R::U) g[k] *= get(u, s, k);
+                g[k] += weight[1][k] * passed[k];
+                if (k > 0) g[k] += weight[2][k > 0 ? k - 1 : 0] * passed[k > 0 ? k - 1 : 0];
+                if (k + 1 < PLACES) g[k] += weight[0][k + 1 < PLACES ? k + 1 : 0] * passed[k + 1 < PLACES ? k + 1 : 0];
+            }
+            g[0] += from_lower * lower;
+            g[PLACES - 1] += from_higher * higher;
+            if constexpr (VERTICAL) {
+                if (!idle) store_vector<T, PLACES>(reinterpret_cast<T*>(box + R::G_AT + at_vector(s)), g);
+            } else {
+                const int e = ASCENDING ? s : CHUNK - 1 - s;
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    if constexpr (sizeof(T) == 4) {
+                        result[k][e] = float_as_bits(g[k]);
+                    } else {
+                        if (s % 2) result[k][e / 2] = from_floats(T{}, ASCENDING ? before_last[k] : g[k], ASCENDING ? g[k] : before_last[k]);
+                        before_last[k] = g[k];
+                    }
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < PLACES; ++k) {
+                passed[k] = DECAY ? (1.f - get(lam, s, k)) * g[k] : g[k];
+#pragma unroll
+                for (int t = 0; t < 3; ++t) weight[t][k] = w[t][k];
+            }
+        }
+        if constexpr (CLUSTER > 1) {
+            const int after = n + 1, exchange = after / (HALO / CHUNK);
+            if (after % (HALO / CHUNK) == 0 && after < chunks) {
+                const int odd = exchange & 1;
+#pragma unroll
+                for (int k = 0; k < PLACES; k += TOGETHER) {
+                    float values[TOGETHER];
+#pragma unroll
+                    for (int e = 0; e < TOGETHER; ++e) values[e] = passed[k + e];
+                    send_if(edges >> (TO_LOW + k) & 1, to_low, odd * OTHER + k, 2 * odd * R::WARPS, values);
+                    send_if(edges >> (TO_HIGH + k) & 1, to_high, odd * OTHER + k, 2 * odd * R::WARPS, values);
+                }
+            }
+        }
+        if constexpr (!VERTICAL) {
+            if (!idle) {
+#pragma unroll
+                for (int k = 0; k < PLACES; ++k) {
+                    alignas(16) const unsigned words[4] = {result[k][0], result[k][1], result[k][2], result[k][3]};
+                    *reinterpret_cast<uint4*>(box + R::G_AT + at_vector(k)) = *reinterpret_cast<const uint4*>(words);
+                }
+            }
+        }
+        engine_fence();
+        warp_arrives(R::scanned(slot.stage));
+        slot.next(R::SLOTS);
+        if (++chunk == R::CHUNKS) chunk = 0, turn.next(R::STAGES);
+    }
+}
+
+// Sixteen bytes of two tensors, multiplied.
+template <typename T, int N>
+GSPN2_DEVICE Words<T, N> product(const Words<T, N>& a, const Words<T, N>& b) {
+    Words<T, N> result;
+#pragma unroll
+    for (int w = 0; w < Words<T, N>::COUNT; ++w) result.words[w] = multiply_words(a.words[w], b.words[w], T{});
+    return result;
+}
+
+// Gradients of what has been scanned, task by task, shared out among `wanted` warps: no more than there are tasks in all slots, or one
+// could come to a slot a whole turn before its time, which a parity does not tell.
+template <bool ASCENDING, typename R>
+GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place& at, int thread, int wanted) {
+    using T = typename R::Type;
+    constexpr bool VERTICAL = R::VERTICAL;
+    constexpr int CHUNK = R::CHUNK, PART = R::PART, EACH = R::WIDTH / R::SETS;
+    using Vector = Words<T, PART>;
+    const Params& p = planes.scan;
+    const BackwardLines lines(at, p);
+    const int chunks = lines.batches(R::LINES) * R::CHUNKS, lane = thread % 32, slice = at.slice * R::WIDTH;
+    const int count = p.channels - slice < R::WIDTH ? p.channels - slice : R::WIDTH, group = slice / (p.channels / p.groups);
+    const T* const bias = global_memory(static_cast<const T*>(planes.bias));
+    const int warps = wanted < R::SLOTS * R::TASKS ? wanted : R::SLOTS * R::TASKS;
+    if (thread / 32 >= warps) return;
+    for (int task = thread / 32; task < chunks * R::TASKS; task += warps) {
+        const int n = task / R::TASKS, rest = task % R::TASKS, set = rest / R::TASKS_OF_SET, unit = rest % R::TASKS_OF_SET * 32 + lane;
+        const int slot = n % R::SLOTS, batch = n / R::CHUNKS, stage = batch % R::STAGES, chunk = n % R::CHUNKS;
+        // Whose h is the line before's: of the scan's first line nobody's.
+        const bool ends = n + 1 == chunks, crosses = chunk == R::CHUNKS - 1;
+        const int stage_before = !ends && crosses ? (batch + 1) % R::STAGES : stage, chunk_before = ends ? chunk : crosses ? 0 : chunk + 1;
+        const auto place_of = [](int c) { return ASCENDING ? c : R::CHUNKS - 1 - c; };
+        const int place = place_of(chunk), box_line = lines.box(batch, R::LINES);
+        // A lane's first position of the share, its line of the chunk in the order of the scan, the first line in memory.
+        constexpr int VECTORS = R::SHARE / PART;
+        const int clipped = unit < R::TASK_LANES ? unit : R::TASK_LANES - 1;
+        const int position = VERTICAL ? clipped % VECTORS * PART : clipped, s = VERTICAL ? clipped / VECTORS : 0;
+        const auto row_of = [&](int c, int t) { return place_of(c) * CHUNK + (ASCENDING ? t : CHUNK - 1 - t); };
+        const int row = VERTICAL ? row_of(chunk, s) : place * CHUNK, line = box_line + row;
+        bool active = unit < R::TASK_LANES && position < at.owned && line < lines.high;
+        if constexpr (R::SETS > 1) active = active && set < count;
+
+        signal_wait(R::scanned(slot), n / R::SLOTS & 1);
+        signal_wait(R::full(stage), batch / R::STAGES & 1);  // implied, but for what the engine wrote
+        if (stage_before != stage) signal_wait(R::full(stage_before), (batch + 1) / R::STAGES & 1);
+
+        unsigned char* const box = R::box(stage);
+        const unsigned char* const box_before = R::box(stage_before);
+        const auto offset = [&](int span, int low, int c) {
+            return VERTICAL ? R::row_part(span, c, row, low + position) : R::column_part(span, c, low + position, place);
+        };
+        // In memory a vector is part of a row.
+        const long long place_in_plane = static_cast<long long>(at.start + position);
+        const auto pixel = [&](const View& view) {
+            return at.batch * view.batch + (VERTICAL ? line * view.row + place_in_plane : place_in_plane * view.row + line) + at.index * view.direction;
+        };
+        float sum[3][PART] = {};
+        const int first = set * EACH, end = first + EACH < count ? first + EACH : count;
+#pragma unroll 1
+        for (int c = first; c < end; ++c) {
+            Vector g, dy, h, x, lam;
+            g.load(box + R::G_AT + offset(R::SPAN, R::LOW, c));
+            h.load(box + R::H_AT + offset(R::H_SPAN, R::H_LOW, c));
+            if constexpr (R::U) dy.load(box + R::DY_AT + offset(R::SPAN, R::LOW, c));
+            if constexpr (R::LAM) {
+                x.load(box + R::X_AT + offset(R::SHARE, 0, c));
+                lam.load(box + R::LAM_AT + offset(R::LAM_SPAN, R::LAM_LOW, c));
+                if constexpr (R::BIAS) x.add(bias[slice + c]), lam.add(bias[planes.lam + at.index * planes.gates + slice + c]);
+            }
+            // The line before's h, at j - 1, j and j + 1.
+            float before[3][PART];
+            if constexpr (VERTICAL) {
+                const bool none = ASCENDING ? line + 1 >= lines.high : line <= lines.low;
+                const int row_before = s + 1 < CHUNK ? row_of(chunk, s + 1 < CHUNK ? s + 1 : s) : ends ? row : row_of(chunk_before, 0);
+                const unsigned char* const from = (s + 1 < CHUNK ? box : box_before) + R::H_AT + R::row_part(R::H_SPAN, c, row_before, R::H_LOW + position);
+                const T* const lower = reinterpret_cast<const T*>(from) - (R::H_LOW + position > 0);
+                const T* const higher = reinterpret_cast<const T*>(from) + (R::H_LOW + position + PART < R::H_SPAN ? PART : PART - 1);
+                Vector middle;
+                middle.load(from);
+                const float edge[2] = {to_float(*lower), to_float(*higher)};
+#pragma unroll
+                for (int e = 0; e < PART; ++e) before[1][e] = none ? 0.f : middle.get(e);
+#pragma unroll
+                for (int e = 0; e < PART; ++e) {
+                    before[0][e] = e > 0 ? before[1][e > 0 ? e - 1 : 0] : none ? 0.f : edge[0];
+                    before[2][e] = e + 1 < PART ? before[1][e + 1 < PART ? e + 1 : 0] : none ? 0.f : edge[1];
+                }
+            } else {
+#pragma unroll
+                for (int t = 0; t < 3; ++t) {
+                    const int wanted = R::H_LOW + position + t - 1, taken = wanted < 0 ? 0 : wanted < R::H_SPAN ? wanted : R::H_SPAN - 1;
+                    Vector own = h;
+                    if (t != 1) own.load(box + R::H_AT + R::column_part(R::H_SPAN, c, taken, place));
+                    const T next = *reinterpret_cast<const T*>(box_before + R::H_AT + R::column_part(R::H_SPAN, c, taken, place_of(chunk_before)) +
+                                                               (ASCENDING ? 0 : PART - 1) * R::SIZE);
+                    const float following = ends ? 0.f : to_float(next);
+#pragma unroll
+                    for (int e = 0; e < PART; ++e) {
+                        const int of = ASCENDING ? e + 1 : e - 1;
+                        before[t][e] = of < 0 || of >= PART ? following : own.get(of < 0 || of >= PART ? 0 : of);
+                    }
+                }
+            }
+            Vector dx = g, dlam, du;
+            if constexpr (R::LAM) dx = product(lam, g);
+            if constexpr (R::LAM && !R::DECAY) dlam = product(x, g);
+            if constexpr (R::U) du = product(h, dy);
+            [[maybe_unused]] float mixed[PART];
+            [[maybe_unused]] Packed<T, PART> packed;
+#pragma unroll
+            for (int e = 0; e < PART; ++e) {
+                float passed = g.get(e);
+                if constexpr (R::DECAY) {
+                    const auto weight = [&](int t) {
+                        return R::weights(slot)[R::weight(VERTICAL ? s : ASCENDING ? e : CHUNK - 1 - e, set, t, R::LOW + position + (VERTICAL ? e : 0))];
+                    };
+                    mixed[e] = (x.get(e) - (weight(0) * before[0][e] + weight(1) * before[1][e] + weight(2) * before[2][e])) * passed;
+                    passed *= 1.f - lam.get(e);
+                }
+#pragma unroll
+                for (int t = 0; t < 3; ++t) sum[t][e] += passed * before[t][e];
+            }
+            if constexpr (VERTICAL) {
+                const long long plane = slice + c;
+                const auto store = [&](const View& view, const Vector& words) {
+                    T* const to = global_memory(static_cast<T*>(view.data)) + pixel(view) + plane * view.group;
+                    store_words_if<4>(active, to, words.words);
+                };
+                store(p.grad_x, dx);
+                if constexpr (R::U) store(p.grad_u, du);
+                if constexpr (R::DECAY) {
+                    T* const to = global_memory(static_cast<T*>(p.grad_lam.data)) + pixel(p.grad_lam) + plane * p.grad_lam.group;
+                    if (active) store_vector<T, PART>(to, mixed);
+                } else if constexpr (R::LAM) {
+                    store(p.grad_lam, dlam);
+                }
+            } else if (active) {
+                const auto store = [&](int to, int span, int low, const Vector& words) {
+                    alignas(16) const unsigned four[4] = {words.words[0], words.words[1], words.words[2], words.words[3]};
+                    *reinterpret_cast<uint4*>(box + to + offset(span, low, c)) = *reinterpret_cast<const uint4*>(four);
+                };
+                store(R::X_AT, R::SHARE, 0, dx);
+                if constexpr (R::U) store(R::DY_AT, R::SPAN, R::LOW, du);
+                if constexpr (R::DECAY) {
+                    store_vector<T, PART>(reinterpret_cast<T*>(box + R::LAM_AT + offset(R::LAM_SPAN, R::LAM_LOW, c)), mixed);
+                } else if constexpr (R::LAM) {
+                    store(R::LAM_AT, R::LAM_SPAN, R::LAM_LOW, dlam);
+                }
+            }
+        }
+        // Through the normaliser.
+#pragma unroll
+        for (int e = 0; e < PART; ++e) {
+            const float* const weights = R::weights(slot);
+            const int at_line = VERTICAL ? s : ASCENDING ? e : CHUNK - 1 - e, at_position = R::LOW + position + (VERTICAL ? e : 0);
+            float four[4];
+            if constexpr (R::FOURS) {
+                load_vector<float, 4>(four, weights + R::weight(at_line, set, 0, at_position));
+            } else {
+#pragma unroll
+                for (int t = 0; t < 4; ++t) four[t] = weights[R::weight(at_line, set, t, at_position)];
+            }
+            const float mean = four[0] * sum[0][e] + four[1] * sum[1][e] + four[2] * sum[2][e];
+#pragma unroll
+            for (int t = 0; t < 3; ++t) sum[t][e] = four[t] * (1.f - four[t] * four[3]) * (sum[t][e] - mean);
+        }
+        const View& view = R::PARTS ? p.partial : p.grad_logits;
+        const long long to = pixel(view) + static_cast<long long>(group + set) * 3 * view.group;
+#pragma unroll
+        for (int t = 0; t < 3; ++t) {
+            if (!active) continue;
+            if constexpr (R::PARTS) {
+                store_vector<float, PART>(global_memory(static_cast<float*>(view.data)) + to + t * view.group + at.slice % p.parts * p.part_stride, sum[t]);
+            } else {
+                store_vector<T, PART>(global_memory(static_cast<T*>(view.data)) + to + t * view.group, sum[t]);
+            }
+        }
+        engine_fence();
+        warp_arrives(R::used(slot));
+        if (threadIdx.x % 32 < WARP_ARRIVALS) {
+            signal_arrive(R::done(stage));
+            if (stage_before != stage) signal_arrive(R::done(stage_before));
+        }
+    }
+}
+
+template <typename R>
+GSPN2_DEVICE void scan_planes_back(const PlaneBackwardParams& planes, const Place& at) {
+    constexpr bool VERTICAL = R::VERTICAL;
+    constexpr int HALO = R::HALO, CLUSTER = R::CLUSTER;
+    const int warp = warp_index(), workers = planes.workers, normalizers = blockDim.x / 32 - BULK_SERVANTS - R::WARPS - workers;
+    const int rest = at.length - at.start - at.owned, batches = BackwardLines(at, planes.scan).batches(R::LINES);
+    const int owned = (at.owned + 7) / 8 * 8, higher = (rest + 7) / 8 * 8;
+    const Reach reach{R::LOW, owned, at.rank > 0 ? HALO : 0, higher < HALO ? higher : HALO};
+    const int ahead = batches < R::STAGES ? batches : R::STAGES;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < R::STAGES; ++stage) signal_init(R::full(stage));
+        signals_ready();
+        // On its way before the block, or even the cluster, has met.
+        if (at.owned) load_backward_planes<R>(planes, at, 0, ahead);
+    }
+    if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
+        const int stage = threadIdx.x - 32;
+        // The last chunk's tasks of the stage before read its first line of h, too.
+        signal_init(R::done(stage), (R::CHUNKS + 1) * R::TASKS * WARP_ARRIVALS);
+        signal_init(R::empty(stage));
+        if (stage < MOST_SLOTS) {
+            signal_init(R::ready(stage), normalizers * WARP_ARRIVALS);
+            signal_init(R::scanned(stage), R::WARPS * WARP_ARRIVALS);
+            signal_init(R::used(stage), R::TASKS * WARP_ARRIVALS);
+        }
+    }
+    if constexpr (CLUSTER > 1) {
+        for (int i = threadIdx.x - 32; i >= 0 && i < 4 * R::WARPS; i += blockDim.x - 32) signal_init(R::arrived(0, 0, 0) + i);
+        cluster_ready();
+    } else {
+        signals_ready();
+        block_barrier();
+    }
+    if (!at.owned) return;
+    const int thread = threadIdx.x - 32 * BULK_SERVANTS;
+    if (warp == 0) {
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < R::TASKS * WARP_ARRIVALS; ++i) signal_arrive(R::done(0));  // there is no stage before the first
+            load_backward_planes<R>(planes, at, ahead, batches);
+        }
+    } else if (warp == 1) {
+        if constexpr (!VERTICAL) {
+            if (threadIdx.x == 32) store_backward_planes<R>(planes, at);
+        }
+    } else if (warp < BULK_SERVANTS + R::WARPS) {
+        if (at.backwards) {
+            scan_back<true, R>(planes, at, reach, thread);
+        } else {
+            scan_back<false, R>(planes, at, reach, thread);
+        }
+    } else if (warp < BULK_SERVANTS + R::WARPS + workers) {
+        if (at.backwards) {
+            make_gradients<true, R>(planes, at, thread - 32 * R::WARPS, workers);
+        } else {
+            make_gradients<false, R>(planes, at, thread - 32 * R::WARPS, workers);
+        }
+    } else if (planes.scan.softmax) {
+        weigh_planes<true, R>(planes, at, thread - 32 * (R::WARPS + workers), 32 * normalizers);
+    } else {
+        weigh_planes<false, R>(planes, at, thread - 32 * (R::WARPS + workers), 32 * normalizers);
+    }
+}
+
+// The sizes are those of `scan_planes`, and what a block has of a line without halos, and stages, for both ways.
+template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int SHARE_ROWS, int SHARE_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS,
+          int LINES_ROWS, int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int STAGES_ROWS, int STAGES_COLUMNS, int SLOTS, int HALO, int CLUSTER,
+          int HAS, bool DECAY>
+GSPN2_DEVICE void scan_planes_backward(const PlaneBackwardParams& planes) {
+    const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
+    if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
+    using Rows = BackwardPlaneRing<T, WIDTH, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, DECAY, false>;
+    using Columns = BackwardPlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, SHARE_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, STAGES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, DECAY, true>;
+    if (at.horizontal) {
+        scan_planes_back<Rows>(planes, at);
+    } else {
+        scan_planes_back<Columns>(planes, at);
+    }
+}
