@@ -171,6 +171,13 @@ GSPN2_DEVICE float fast_exp(float value) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value * 1.44269504f));
     return result;
 }
+GSPN2_DEVICE float fast_exp2(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+GSPN2_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+GSPN2_DEVICE float smaller(float a, float b) { return fminf(a, b); }
 GSPN2_DEVICE float fast_divide(float a, float b) {
     float reciprocal;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));

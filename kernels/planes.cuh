@@ -19,18 +19,18 @@
 
 #include "bulk.cuh"
 
-enum { PLANES_FEATURES, PLANES_LOGITS, PLANES_Y, PLANES_MAPS };
+enum { PLANES_FEATURES, PLANES_LOGITS, PLANES_Y, PLANES_STATE, PLANES_MAPS };
 
 struct PlaneParams {
     TensorMap maps[2][PLANES_MAPS];  // for scans along rows and along columns: (column, row, batch, plane, 1)
-    Params scan;                     // of whose views only y is there, its channels apart by `group`
+    Params scan;                     // of whose views only y is there, its channels apart by `group`, and, laid out as y, the state
     const void* bias;                // of every plane
     int stages[2];                   // for scans along rows and along columns
     int lam, u, logits;              // their first planes
     int gates;                       // planes from one direction's gates to the next one's
 };
 
-enum { HAS_BIAS = 4 };
+enum { HAS_BIAS = 4, HAS_H = 8 };  // h is for the backward, where y is something else
 [[maybe_unused]] constexpr int MOST_SLOTS = 4;
 
 // SETS: weight sets of a slice, 1 or one for each channel. SLOTS: chunks of weights. UNIT: what a normalising lane does at once,
@@ -41,12 +41,13 @@ struct PlaneRing {
     static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, PLACES = PLACES_, LINES = LINES_, SLOTS = SLOTS_, UNIT = UNIT_;
     static constexpr int HALO = HALO_, CLUSTER = CLUSTER_;
     static constexpr bool VERTICAL = VERTICAL_;
-    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
+    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS, STATE = HAS & HAS_H;
     static constexpr int SIZE = sizeof(T), PART = 16 / SIZE;  // elements of 16 bytes
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;  // lanes
     static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;  // channels; warps that scan
     static_assert(SETS == 1 || SETS == WIDTH, "one for all channels or for each");
+    static_assert(U || !STATE, "without output gate y is h; else h goes where u was");
     static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
     static_assert(PER_CHANNEL <= 32, "a channel stays within a warp");
     static_assert(SPAN % 8 == 0 && SPAN % PLACES == 0 && LINES % CHUNK == 0 && HALO % CHUNK == 0, "edges are exchanged between chunks");
@@ -124,8 +125,11 @@ GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const
         const int line = first_line(at, planes.scan, batch, R::LINES);
         signal_wait(R::done(turn.stage), turn.parity);
         for (int c = 0; c < count; ++c) {
-            const unsigned char* const from = R::box(turn.stage, 0) + (c * R::SPAN + reach.low) * R::ROW;
-            store_box(planes.maps[0][PLANES_Y], line, at.start, at.batch, at.index * all + first + c, 0, from);
+            const int offset = (c * R::SPAN + reach.low) * R::ROW, plane = at.index * all + first + c;
+            store_box(planes.maps[0][PLANES_Y], line, at.start, at.batch, plane, 0, R::box(turn.stage, 0) + offset);
+            if constexpr (R::STATE) {
+                store_box(planes.maps[0][PLANES_STATE], line, at.start, at.batch, plane, 0, R::box(turn.stage, R::U_TILE) + offset);
+            }
         }
         end_group();
         groups_read<0>();  // at once: scanning lanes look a stage ahead, and there may be two
@@ -240,6 +244,12 @@ struct Words {
             }
         }
     }
+    // Of 16 bytes.
+    GSPN2_DEVICE void store(void* to) const {
+        static_assert(COUNT == 4, "one vector");
+        alignas(16) const unsigned four[4] = {words[0], words[1], words[2], words[3]};
+        *static_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(four);
+    }
     GSPN2_DEVICE float get(int e) const {
         if constexpr (sizeof(T) == 4) {
             return bits_as_float(words[e]);
@@ -302,6 +312,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
     }
 
     T* y = nullptr;
+    [[maybe_unused]] long long to_state = 0;
     int next_line = 0;
     bool stores = false;
     if constexpr (VERTICAL) {
@@ -309,6 +320,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
         y = global_memory(static_cast<T*>(p.y.data)) + at.batch * p.y.batch + at.index * p.y.direction +
             (BACKWARDS ? p.height - 1 - at.first : at.first) * p.y.row + at.start + j + channel * p.y.group;
         next_line = static_cast<int>(BACKWARDS ? -p.y.row : p.y.row);
+        if constexpr (R::STATE) to_state = static_cast<T*>(p.state.data) - static_cast<T*>(p.y.data);
         stores = j >= 0 && j < reach.owned && channel < p.channels && !idle;
     }
     // What of a lane's positions comes from the lower and the higher neighbour, and goes to them, a bit for each of PLACES.
@@ -398,6 +410,18 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
         const int left = lines - n * CHUNK;
         unsigned result[VERTICAL ? 1 : PLACES][4];
         float before_last[PLACES];
+        [[maybe_unused]] unsigned kept[R::STATE && !VERTICAL ? PLACES : 1][4];
+        [[maybe_unused]] float kept_last[PLACES];
+        // A line of a position that is one of a chunk.
+        const auto leave = [](unsigned (&words)[4], float& last, int s, float value) {
+            const int e = BACKWARDS ? CHUNK - 1 - s : s;
+            if constexpr (sizeof(T) == 4) {
+                words[e] = float_as_bits(value);
+            } else {
+                if (s % 2) words[e / 2] = from_floats(T{}, BACKWARDS ? value : last, BACKWARDS ? last : value);
+                last = value;
+            }
+        };
         [[maybe_unused]] Taken ahead;
 #pragma unroll
         for (int s = 0; s < CHUNK; ++s) {
@@ -443,17 +467,13 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
             }
             if constexpr (VERTICAL) {
                 store_if<T, PLACES>(stores && s < left, y, out);  // beyond the last line nothing reads h
+                if constexpr (R::STATE) store_if<T, PLACES>(stores && s < left, y + to_state, h);
                 y += next_line;
             } else {
-                const int e = BACKWARDS ? CHUNK - 1 - s : s;
 #pragma unroll
                 for (int k = 0; k < PLACES; ++k) {
-                    if constexpr (sizeof(T) == 4) {
-                        result[k][e] = float_as_bits(out[k]);
-                    } else {
-                        if (s % 2) result[k][e / 2] = from_floats(T{}, BACKWARDS ? out[k] : before_last[k], BACKWARDS ? before_last[k] : out[k]);
-                        before_last[k] = out[k];
-                    }
+                    leave(result[k], before_last[k], s, out[k]);
+                    if constexpr (R::STATE) leave(kept[k], kept_last[k], s, h[k]);
                 }
             }
         }
@@ -478,6 +498,10 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                 for (int k = 0; k < PLACES; ++k) {
                     alignas(16) const unsigned words[4] = {result[k][0], result[k][1], result[k][2], result[k][3]};
                     *reinterpret_cast<uint4*>(R::box(stage, 0) + (part[k] ^ place * 16)) = *reinterpret_cast<const uint4*>(words);
+                    if constexpr (R::STATE) {
+                        alignas(16) const unsigned state[4] = {kept[k][0], kept[k][1], kept[k][2], kept[k][3]};
+                        *reinterpret_cast<uint4*>(R::box(stage, R::U_TILE) + (part[k] ^ place * 16)) = *reinterpret_cast<const uint4*>(state);
+                    }
                 }
             }
         }

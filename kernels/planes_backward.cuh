@@ -160,34 +160,32 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
     }
 }
 
-// As `normalize`; zeros beyond the map, from where nothing may come through a tap. The fourth is the sum of the sigmoids of the
-// taps that exist: a sigmoid is its weight times that. Softmax's slope is as if it were 0.
+// As `normalize`, of logits times log2(e); zeros beyond the map, from where nothing may come through a tap. The fourth is the sum of
+// the sigmoids of the taps that exist: a sigmoid is its weight times that. Softmax's slope is as if it were 0.
 template <bool SOFTMAX>
 GSPN2_DEVICE void weigh(float (&four)[4], const float (&logit)[3], int j, int length) {
-    const bool inside = j >= 0 && j < length, low = j > 0, high = j < length - 1;
+    constexpr float MISSING = -1e30f;
+    const bool inside = j >= 0 && j < length;
+    const float low = j > 0 ? logit[0] : MISSING, high = j < length - 1 ? logit[2] : MISSING, top = larger(larger(low, logit[1]), high);
     if constexpr (SOFTMAX) {
-        float weight[3];
-        normalize(weight, logit, low, high, true);
-#pragma unroll
-        for (int t = 0; t < 3; ++t) four[t] = inside ? weight[t] : 0.f;
-        four[3] = 0.f;
-    } else {
-        float top = logit[1];
-        if (low && logit[0] > top) top = logit[0];
-        if (high && logit[2] > top) top = logit[2];
-        const float c = top < 0.f ? top : 0.f, shift = fast_exp(c);
-        float a[3];
-#pragma unroll
-        for (int t = 0; t < 3; ++t) a[t] = shift + fast_exp(c - logit[t] < 40.f ? c - logit[t] : 40.f);
-        if (!low) a[0] = 1.f;
-        if (!high) a[2] = 1.f;
-        const float outer = a[0] * a[2];
-        four[0] = low ? a[1] * a[2] : 0.f, four[1] = outer, four[2] = high ? a[0] * a[1] : 0.f;
-        const float total = four[0] + four[1] + four[2], scale = inside ? fast_divide(1.f, total) : 0.f;
+        four[0] = fast_exp2(low - top), four[1] = fast_exp2(logit[1] - top), four[2] = fast_exp2(high - top);
+        const float scale = inside ? fast_divide(1.f, four[0] + four[1] + four[2]) : 0.f;
 #pragma unroll
         for (int t = 0; t < 3; ++t) four[t] *= scale;
-        // The heaviest tap's a is at most 2, another's at most e^40 + 1: no product leaves float32.
-        four[3] = shift * total * fast_divide(1.f, outer * a[1]);
+        four[3] = 0.f;
+    } else {
+        constexpr float MOST = 57.7f;  // 2 to this is e^40
+        const float c = smaller(top, 0.f), shift = fast_exp2(c);
+        const float a0 = shift + fast_exp2(smaller(c - low, MOST)), a1 = shift + fast_exp2(smaller(c - logit[1], MOST));
+        const float a2 = shift + fast_exp2(smaller(c - high, MOST));
+        four[0] = a1 * a2, four[1] = a0 * a2, four[2] = a0 * a1;
+        const float scale = inside ? fast_divide(1.f, four[0] + four[1] + four[2]) : 0.f;
+#pragma unroll
+        for (int t = 0; t < 3; ++t) four[t] *= scale;
+        // A missing tap weighs 4e-18 of the heaviest so far.
+        four[3] = inside ? fast_divide(shift, a1 * four[1]) : 0.f;
+        if (j <= 0) four[0] = 0.f;
+        if (j >= length - 1) four[2] = 0.f;
     }
 }
 
@@ -200,10 +198,11 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
     const BackwardLines lines(at, p);
     const int chunks = lines.batches(R::LINES) * R::CHUNKS;
     const int first = 3 * (at.index * p.groups + at.slice * R::WIDTH / (p.channels / p.groups));
+    constexpr float LOG2_E = 1.44269504f;
     const auto bias = [&](int plane) {
         if constexpr (!R::BIAS) return 0.f;
         const int logit = first + plane, all = 3 * p.count * p.groups;  // a ragged slice's last sets belong to nobody
-        return to_float(global_memory(static_cast<const T*>(planes.bias))[planes.logits + (logit < all ? logit : all - 1)]);
+        return LOG2_E * to_float(global_memory(static_cast<const T*>(planes.bias))[planes.logits + (logit < all ? logit : all - 1)]);
     };
     float shared[3];
 #pragma unroll
@@ -231,7 +230,7 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
                 load_vector<T, UNIT>(read[t], reinterpret_cast<const T*>(taps + offset));
                 const float added = SETS > 1 ? bias(3 * set + t) : shared[t];
 #pragma unroll
-                for (int e = 0; e < UNIT; ++e) read[t][e] += added;
+                for (int e = 0; e < UNIT; ++e) read[t][e] = LOG2_E * read[t][e] + added;
             }
 #pragma unroll
             for (int e = 0; e < UNIT; ++e) {
@@ -461,6 +460,28 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
     const T* const bias = global_memory(static_cast<const T*>(planes.bias));
     const int warps = wanted < R::SLOTS * R::TASKS ? wanted : R::SLOTS * R::TASKS;
     if (thread / 32 >= warps) return;
+    T bias_x[EACH] = {}, bias_lam[EACH] = {};
+    const auto read_bias = [&](int first) {
+        if constexpr (R::BIAS && R::LAM) {
+#pragma unroll
+            for (int c = 0; c < EACH; ++c) {
+                const int channel = slice + first + c < p.channels ? slice + first + c : p.channels - 1;
+                bias_x[c] = bias[channel], bias_lam[c] = bias[planes.lam + at.index * planes.gates + channel];
+            }
+        }
+    };
+    if constexpr (R::SETS == 1) read_bias(0);
+    // Of element e of a lane's vector.
+    const auto weights_of = [&](float (&four)[4], int slot, int set, int s, int position, int e) {
+        const int line = VERTICAL ? s : ASCENDING ? e : CHUNK - 1 - e, at_position = R::LOW + position + (VERTICAL ? e : 0);
+        const float* const weights = R::weights(slot);
+        if constexpr (R::FOURS) {
+            load_vector<float, 4>(four, weights + R::weight(line, set, 0, at_position));
+        } else {
+#pragma unroll
+            for (int t = 0; t < 4; ++t) four[t] = weights[R::weight(line, set, t, at_position)];
+        }
+    };
     for (int task = thread / 32; task < chunks * R::TASKS; task += warps) {
         const int n = task / R::TASKS, rest = task % R::TASKS, set = rest / R::TASKS_OF_SET, unit = rest % R::TASKS_OF_SET * 32 + lane;
         const int slot = n % R::SLOTS, batch = n / R::CHUNKS, stage = batch % R::STAGES, chunk = n % R::CHUNKS;
@@ -484,54 +505,83 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
 
         unsigned char* const box = R::box(stage);
         const unsigned char* const box_before = R::box(stage_before);
-        const auto offset = [&](int span, int low, int c) {
-            return VERTICAL ? R::row_part(span, c, row, low + position) : R::column_part(span, c, low + position, place);
+        // Where this lane's part of a box of SPAN positions begins, and of the others; a channel's follows a whole plane later.
+        const auto offset = [&](int span, int position_of_box, int place_of_box) {
+            return VERTICAL ? R::row_part(span, 0, row, position_of_box) : R::column_part(span, 0, position_of_box, place_of_box);
         };
-        // In memory a vector is part of a row.
-        const long long place_in_plane = static_cast<long long>(at.start + position);
-        const auto pixel = [&](const View& view) {
-            return at.batch * view.batch + (VERTICAL ? line * view.row + place_in_plane : place_in_plane * view.row + line) + at.index * view.direction;
-        };
-        float sum[3][PART] = {};
-        const int first = set * EACH, end = first + EACH < count ? first + EACH : count;
-#pragma unroll 1
-        for (int c = first; c < end; ++c) {
-            Vector g, dy, h, x, lam;
-            g.load(box + R::G_AT + offset(R::SPAN, R::LOW, c));
-            h.load(box + R::H_AT + offset(R::H_SPAN, R::H_LOW, c));
-            if constexpr (R::U) dy.load(box + R::DY_AT + offset(R::SPAN, R::LOW, c));
-            if constexpr (R::LAM) {
-                x.load(box + R::X_AT + offset(R::SHARE, 0, c));
-                lam.load(box + R::LAM_AT + offset(R::LAM_SPAN, R::LAM_LOW, c));
-                if constexpr (R::BIAS) x.add(bias[slice + c]), lam.add(bias[planes.lam + at.index * planes.gates + slice + c]);
+        unsigned char* const of_span = box + offset(R::SPAN, R::LOW + position, place);
+        unsigned char* const of_share = box + offset(R::SHARE, position, place);
+        unsigned char* const of_lam = R::DECAY ? of_span : of_share;
+        const unsigned char* const of_h = box + offset(R::H_SPAN, R::H_LOW + position, place);
+        // The line before's: of a row whole vectors and both neighbours; of a column, whose vectors are lines, what the one with the
+        // next line has, at each of three positions.
+        constexpr int STATES = VERTICAL ? 1 : 3;
+        const unsigned char *of_before[STATES], *of_next[STATES];
+        [[maybe_unused]] int lower = 0, higher = 0;
+        bool none = ends;
+        if constexpr (VERTICAL) {
+            none = ASCENDING ? line + 1 >= lines.high : line <= lines.low;
+            const int at_row = s + 1 < CHUNK ? row_of(chunk, s + 1) : ends ? row : row_of(chunk_before, 0);
+            of_before[0] = of_next[0] = (s + 1 < CHUNK ? box : box_before) + R::H_AT + R::row_part(R::H_SPAN, 0, at_row, R::H_LOW + position);
+            lower = R::H_LOW + position > 0 ? -R::SIZE : 0, higher = R::H_LOW + position + PART < R::H_SPAN ? 16 : 16 - R::SIZE;
+        } else {
+#pragma unroll
+            for (int t = 0; t < 3; ++t) {
+                const int wanted_position = R::H_LOW + position + t - 1, beyond = R::H_SPAN - 1;
+                const int taken = wanted_position < 0 ? 0 : wanted_position < beyond ? wanted_position : beyond;
+                of_before[t] = box + R::H_AT + offset(R::H_SPAN, taken, place);
+                of_next[t] = box_before + R::H_AT + offset(R::H_SPAN, taken, place_of(chunk_before)) + (ASCENDING ? 0 : 16 - R::SIZE);
             }
-            // The line before's h, at j - 1, j and j + 1.
-            float before[3][PART];
+        }
+        // In memory a vector is part of a row.
+        const long long position_in_plane = static_cast<long long>(at.start + position);
+        const auto pixel = [&](const View& view) {
+            return at.batch * view.batch + (VERTICAL ? line * view.row + position_in_plane : position_in_plane * view.row + line) + at.index * view.direction;
+        };
+        const int first = set * EACH;
+        if constexpr (R::SETS > 1) read_bias(first);
+        T *to_x = nullptr, *to_lam = nullptr, *to_u = nullptr;
+        if constexpr (VERTICAL) {
+            const auto to = [&](const View& view) { return global_memory(static_cast<T*>(view.data)) + pixel(view) + (slice + first) * view.group; };
+            to_x = to(p.grad_x);
+            if constexpr (R::LAM) to_lam = to(p.grad_lam);
+            if constexpr (R::U) to_u = to(p.grad_u);
+        }
+        float sum[3][PART] = {};
+#pragma unroll
+        for (int c = 0; c < EACH; ++c) {
+            if (first + c >= count) break;
+            // From one channel's plane of a box to another's.
+            const auto plane = [&](int span) { return (R::SETS > 1 ? first : c) * R::LINES * span * R::SIZE; };
+            Vector g, dy, h, x, lam;
+            g.load(of_span + R::G_AT + plane(R::SPAN));
+            h.load(of_h + R::H_AT + plane(R::H_SPAN));
+            if constexpr (R::U) dy.load(of_span + R::DY_AT + plane(R::SPAN));
+            if constexpr (R::LAM) {
+                x.load(of_share + R::X_AT + plane(R::SHARE));
+                lam.load(of_lam + R::LAM_AT + plane(R::LAM_SPAN));
+                if constexpr (R::BIAS) x.add(bias_x[c]), lam.add(bias_lam[c]);
+            }
+            float before[3][PART];  // h of the line before, at j - 1, j and j + 1
             if constexpr (VERTICAL) {
-                const bool none = ASCENDING ? line + 1 >= lines.high : line <= lines.low;
-                const int row_before = s + 1 < CHUNK ? row_of(chunk, s + 1 < CHUNK ? s + 1 : s) : ends ? row : row_of(chunk_before, 0);
-                const unsigned char* const from = (s + 1 < CHUNK ? box : box_before) + R::H_AT + R::row_part(R::H_SPAN, c, row_before, R::H_LOW + position);
-                const T* const lower = reinterpret_cast<const T*>(from) - (R::H_LOW + position > 0);
-                const T* const higher = reinterpret_cast<const T*>(from) + (R::H_LOW + position + PART < R::H_SPAN ? PART : PART - 1);
+                const unsigned char* const from = of_before[0] + plane(R::H_SPAN);
                 Vector middle;
                 middle.load(from);
-                const float edge[2] = {to_float(*lower), to_float(*higher)};
+                const float edge[2] = {to_float(*reinterpret_cast<const T*>(from + lower)), to_float(*reinterpret_cast<const T*>(from + higher))};
 #pragma unroll
-                for (int e = 0; e < PART; ++e) before[1][e] = none ? 0.f : middle.get(e);
+                for (int e = 0; e < PART; ++e) before[1][e] = middle.get(e);
 #pragma unroll
                 for (int e = 0; e < PART; ++e) {
-                    before[0][e] = e > 0 ? before[1][e > 0 ? e - 1 : 0] : none ? 0.f : edge[0];
-                    before[2][e] = e + 1 < PART ? before[1][e + 1 < PART ? e + 1 : 0] : none ? 0.f : edge[1];
+                    before[0][e] = e > 0 ? before[1][e > 0 ? e - 1 : 0] : edge[0];
+                    before[2][e] = e + 1 < PART ? before[1][e + 1 < PART ? e + 1 : 0] : edge[1];
                 }
             } else {
 #pragma unroll
                 for (int t = 0; t < 3; ++t) {
-                    const int wanted = R::H_LOW + position + t - 1, taken = wanted < 0 ? 0 : wanted < R::H_SPAN ? wanted : R::H_SPAN - 1;
                     Vector own = h;
-                    if (t != 1) own.load(box + R::H_AT + R::column_part(R::H_SPAN, c, taken, place));
-                    const T next = *reinterpret_cast<const T*>(box_before + R::H_AT + R::column_part(R::H_SPAN, c, taken, place_of(chunk_before)) +
-                                                               (ASCENDING ? 0 : PART - 1) * R::SIZE);
-                    const float following = ends ? 0.f : to_float(next);
+                    if (t != 1) own.load(of_before[t] + plane(R::H_SPAN));
+                    const T next = *reinterpret_cast<const T*>(of_next[t] + plane(R::H_SPAN));
+                    const float following = none ? 0.f : to_float(next);
 #pragma unroll
                     for (int e = 0; e < PART; ++e) {
                         const int of = ASCENDING ? e + 1 : e - 1;
@@ -544,60 +594,48 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             if constexpr (R::LAM && !R::DECAY) dlam = product(x, g);
             if constexpr (R::U) du = product(h, dy);
             [[maybe_unused]] float mixed[PART];
-            [[maybe_unused]] Packed<T, PART> packed;
 #pragma unroll
             for (int e = 0; e < PART; ++e) {
                 float passed = g.get(e);
                 if constexpr (R::DECAY) {
-                    const auto weight = [&](int t) {
-                        return R::weights(slot)[R::weight(VERTICAL ? s : ASCENDING ? e : CHUNK - 1 - e, set, t, R::LOW + position + (VERTICAL ? e : 0))];
-                    };
-                    mixed[e] = (x.get(e) - (weight(0) * before[0][e] + weight(1) * before[1][e] + weight(2) * before[2][e])) * passed;
+                    float four[4], carried = 0.f;
+                    weights_of(four, slot, set, s, position, e);
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) carried += four[t] * before[t][e];
+                    mixed[e] = (x.get(e) - (VERTICAL && none ? 0.f : carried)) * passed;
                     passed *= 1.f - lam.get(e);
                 }
 #pragma unroll
                 for (int t = 0; t < 3; ++t) sum[t][e] += passed * before[t][e];
             }
+            if constexpr (R::DECAY) {
+                Packed<T, PART> packed;
+                packed.pack(mixed);
+                dlam.load(&packed);
+            }
             if constexpr (VERTICAL) {
-                const long long plane = slice + c;
-                const auto store = [&](const View& view, const Vector& words) {
-                    T* const to = global_memory(static_cast<T*>(view.data)) + pixel(view) + plane * view.group;
-                    store_words_if<4>(active, to, words.words);
-                };
-                store(p.grad_x, dx);
-                if constexpr (R::U) store(p.grad_u, du);
-                if constexpr (R::DECAY) {
-                    T* const to = global_memory(static_cast<T*>(p.grad_lam.data)) + pixel(p.grad_lam) + plane * p.grad_lam.group;
-                    if (active) store_vector<T, PART>(to, mixed);
-                } else if constexpr (R::LAM) {
-                    store(p.grad_lam, dlam);
-                }
+                store_words_if<4>(active, to_x, dx.words);
+                to_x += p.grad_x.group;
+                if constexpr (R::LAM) store_words_if<4>(active, to_lam, dlam.words), to_lam += p.grad_lam.group;
+                if constexpr (R::U) store_words_if<4>(active, to_u, du.words), to_u += p.grad_u.group;
             } else if (active) {
-                const auto store = [&](int to, int span, int low, const Vector& words) {
-                    alignas(16) const unsigned four[4] = {words.words[0], words.words[1], words.words[2], words.words[3]};
-                    *reinterpret_cast<uint4*>(box + to + offset(span, low, c)) = *reinterpret_cast<const uint4*>(four);
-                };
-                store(R::X_AT, R::SHARE, 0, dx);
-                if constexpr (R::U) store(R::DY_AT, R::SPAN, R::LOW, du);
-                if constexpr (R::DECAY) {
-                    store_vector<T, PART>(reinterpret_cast<T*>(box + R::LAM_AT + offset(R::LAM_SPAN, R::LAM_LOW, c)), mixed);
-                } else if constexpr (R::LAM) {
-                    store(R::LAM_AT, R::LAM_SPAN, R::LAM_LOW, dlam);
-                }
+                dx.store(of_share + R::X_AT + plane(R::SHARE));
+                if constexpr (R::LAM) dlam.store(of_lam + R::LAM_AT + plane(R::LAM_SPAN));
+                if constexpr (R::U) du.store(of_span + R::DY_AT + plane(R::SPAN));
+            }
+        }
+        if (VERTICAL && none) {
+#pragma unroll
+            for (int t = 0; t < 3; ++t) {
+#pragma unroll
+                for (int e = 0; e < PART; ++e) sum[t][e] = 0.f;
             }
         }
         // Through the normaliser.
 #pragma unroll
         for (int e = 0; e < PART; ++e) {
-            const float* const weights = R::weights(slot);
-            const int at_line = VERTICAL ? s : ASCENDING ? e : CHUNK - 1 - e, at_position = R::LOW + position + (VERTICAL ? e : 0);
             float four[4];
-            if constexpr (R::FOURS) {
-                load_vector<float, 4>(four, weights + R::weight(at_line, set, 0, at_position));
-            } else {
-#pragma unroll
-                for (int t = 0; t < 4; ++t) four[t] = weights[R::weight(at_line, set, t, at_position)];
-            }
+            weights_of(four, slot, set, s, position, e);
             const float mean = four[0] * sum[0][e] + four[1] * sum[1][e] + four[2] * sum[2][e];
 #pragma unroll
             for (int t = 0; t < 3; ++t) sum[t][e] = four[t] * (1.f - four[t] * four[3]) * (sum[t][e] - mean);

@@ -282,14 +282,14 @@ def test_the_layer_gives_the_same_either_way(merge, gates, monkeypatch):
         return gspn2_scan_planes(*args, **options)
 
     monkeypatch.setattr(scan_layer, "gspn2_scan_planes", spy)
-    monkeypatch.setattr(scan_layer, "scans_planes", lambda *_: True)
+    monkeypatch.setattr(scan_layer, "scans_planes", lambda *_, training: not training)
     torch.testing.assert_close(layer(tokens, 8, 12), expected)
     assert len(calls) == 1 and calls[0][1:] == (2, 8, 12)
     with torch.enable_grad():
         layer(tokens, 8, 12)
     layer.scan_in.register_forward_hook(lambda *_: None)
     layer(tokens, 8, 12)
-    assert len(calls) == 1, "with gradients, and where somebody listens, the projection is called"
+    assert len(calls) == 1, "where training takes channels last, and where somebody listens, the projection is called"
 
 
 @torch.no_grad()

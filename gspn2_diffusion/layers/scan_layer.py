@@ -131,11 +131,16 @@ class GSPN2Layer(nn.Module):
     def _scans_planes(
         self, hidden_states: Tensor, height: int, width: int, segments: Sequence[tuple[int, int]]
     ) -> bool:
-        """Whether the features come first (`gspn2_scan_planes`): where that is faster, and needs no gradient."""
+        """Whether the features come first (`gspn2_scan_planes`): where that is faster."""
         config = self.config
         plain = self.rows is None and len(segments) <= 1 and not config.decay and config.segment is None
-        inference = not torch.is_grad_enabled() and _plain(self.scan_in)
-        return inference and plain and scans_planes(hidden_states, height, width, self.width, config.groups)
+        if not (plain and _plain(self.scan_in)):
+            return False
+        device, like = hidden_states.device.type, hidden_states
+        if torch.is_autocast_enabled(device):
+            like = hidden_states.new_empty(0, dtype=torch.get_autocast_dtype(device))
+        training = torch.is_grad_enabled()
+        return scans_planes(like, height, width, self.width, config.groups, training=training)
 
     def _scan_planes(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
         """`scan` with the projection's product the other way round, and its bias added by the scan."""

@@ -17,8 +17,8 @@ MOST_STAGES = 8  # of a ring
 MOST_SLOTS = 4  # chunks of weights
 MOST_PLACES = 8  # positions of a lane
 SERVANTS = 2  # warps: the loading and the storing thread's
-MAPS = 3  # of features, logits and y, for each of both ways along a map
-FEATURES, BIAS, Y = 0, 1, 5  # tensors, by the number that a launch's boxes have
+MAPS = 4  # of features, logits, y and the state, for each of both ways along a map
+FEATURES, BIAS, STATE, Y = 0, 1, 4, 5  # tensors, by the number that a launch's boxes have
 WAYS = ("ROWS", "COLUMNS")
 
 
@@ -249,7 +249,7 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
-    """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias."""
+    """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for a state."""
     name = cuda.STORAGE_NAMES[storage]
     choices: dict[str, object] = dict(
         STORAGE=name,
@@ -270,9 +270,15 @@ def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tu
 
 
 def make_launch(
-    features: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, work: Work, variant: Variant, softmax: bool
+    features: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    work: Work,
+    variant: Variant,
+    softmax: bool,
+    state: torch.Tensor | None = None,
 ) -> Launch:
-    """`features` (F, B, H, W) and `y` (K D, B, H, W), rows of which are contiguous."""
+    """`features` (F, B, H, W), `y` (K D, B, H, W) and `state` as `y`, rows of which are contiguous."""
     layout, size = work.layout, work.size
     x, lam, u, _ = layout.sizes
     boxes = []
@@ -298,9 +304,13 @@ def make_launch(
         add(1, along, FEATURES, features, variant.lines[along], variant.spans[along], 3 * variant.sets)
         if not along:
             add(2, along, Y, y, variant.lines[along], variant.shares[along], 1)
+            if state is not None:
+                add(3, along, STATE, state, variant.lines[along], variant.shares[along], 1)
     packed = sum(direction << 2 * k for k, direction in enumerate(layout.directions))
-    views = [(0,) * 6] * 11
+    views: list[tuple[int, ...]] = [(0,) * 6] * 11
     views[Y] = (y.data_ptr(), y.stride(1), y.stride(2), 1, layout.D * y.stride(0), y.stride(0))
+    if state is not None:
+        views[STATE] = (state.data_ptr(), *views[Y][1:])
     params = cuda.PARAMS.pack(
         *(v for view in views for v in view),
         0,
@@ -311,7 +321,8 @@ def make_launch(
     params += struct.pack(
         "q6i", 0 if bias is None else bias.data_ptr(), *variant.stages, x, x + lam, x + lam + u, gates
     )
-    chosen = defines(variant, features.dtype, layout.lam + 2 * layout.u + 4 * (bias is not None), work.decay)
+    has = layout.lam + 2 * layout.u + 4 * (bias is not None) + 8 * (state is not None)
+    chosen = defines(variant, features.dtype, has, work.decay)
     block = (variant.threads, 1)
     return Launch(
         "gspn2_planes", chosen, params, variant.grid, block, variant.cluster, variant.shared, tuple(boxes), 2 * MAPS
@@ -330,11 +341,13 @@ def scan(
     softmax: bool,
     segment: int,
     decay: bool,
+    state: torch.Tensor | None = None,
     *,
     device: Device | None = None,
     execute: Callable[[Launch], None] | None = None,
 ) -> torch.Tensor | None:
-    """(F, B, H, W) -> (K D, B, H, W) in one launch, None where there is no variant.
+    """(F, B, H, W) -> (K D, B, H, W) in one launch, None where there is no variant. `state`, as large as the result,
+    gets h; only with an output gate, without which the result is h.
 
     `device` and `execute` are for tests.
     """
@@ -346,7 +359,7 @@ def scan(
     if variant is None:
         return None
     y = features.new_empty(len(layout.directions) * layout.D, B, H, W)
-    (execute or cuda._execute)(make_launch(features, bias, y, work, variant, softmax))
+    (execute or cuda._execute)(make_launch(features, bias, y, work, variant, softmax, state))
     return y
 
 

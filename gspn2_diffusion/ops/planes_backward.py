@@ -190,9 +190,8 @@ def choose(work: Work, device: Device) -> Variant | None:
         blocks = work.B * len(work.layout.directions) * work.segments
         enough = [n for n in range(row.width, 0, -1) if blocks * -(-D // n) <= device.processors]
         widths = enough[-1:] + widths
-    options = dict(slots=row.slots, halo=row.halo, promotion=row.promotion, shared=device.shared)
-    chosen = (row.lines, row.places, row.units, row.workers, row.normalizers)
-    made = (make_variant(work, n, cluster, *chosen, **options) for n in dict.fromkeys(widths))
+    chosen = (row.lines, row.places, row.units, row.workers, row.normalizers, row.slots, row.halo, row.promotion)
+    made = (make_variant(work, n, cluster, *chosen, device.shared) for n in dict.fromkeys(widths))
     return next((v for v in made if v is not None), None)
 
 
@@ -225,8 +224,8 @@ def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tu
 
 
 class Gradients(NamedTuple):
-    """What a launch writes: (planes, B, H, W) each, every direction apart; the logits' in float32 parts, (parts, planes,
-    B, H, W), where a group's channels span slices."""
+    """What a launch writes: (planes, B, H, W) each, every direction apart; of the logits, where a group's channels span
+    slices, parts in float32, (parts, planes, B, H, W)."""
 
     x: torch.Tensor
     lam: torch.Tensor | None
@@ -244,7 +243,7 @@ def make_launch(
     variant: Variant,
     softmax: bool,
 ) -> Launch:
-    """`features` (F, B, H, W), `grad_y` (K D or D, B, H, W) and `state` (K D, B, H, W), rows of which are contiguous."""
+    """`features` (F, B, H, W), `grad_y` (K D or D, B, H, W) and `state` (K D, B, H, W); their rows are contiguous."""
     layout, size = work.layout, work.size
     x, lam, u, _ = layout.sizes
     boxes = []
@@ -280,7 +279,7 @@ def make_launch(
                 if grad is not None:
                     add(GRADS + n, along, GRADS + n, grad, share, 1)
     packed = sum(direction << 2 * k for k, direction in enumerate(layout.directions))
-    views = [(0,) * 6] * 11
+    views: list[tuple[int, ...]] = [(0,) * 6] * 11
     for n, grad in enumerate(grads[:3]):
         if grad is not None:
             views[6 + n] = (grad.data_ptr(), *grad.stride()[1:3], 1, layout.D * grad.stride(0), grad.stride(0))

@@ -3,15 +3,16 @@
 `gspn2::scan` and `gspn2::scan_backward` read channels last. The forward saves the state h (K D elements a pixel, in the
 storage type) only when a gradient will be asked for; without it the backward would run the forward scan again and store
 h anyway. With `u=None` and `merge="concat"` y is h and nothing more is saved. On CUDA they run `cuda.py`'s kernels;
-elsewhere, and in float64, `eager.py`'s torch. `gspn2::scan_planes` reads a projection's output feature by feature and
-has no gradient of its own: with one, `gspn2_scan_planes` is `gspn2_scan` of its parts.
+elsewhere, and in float64, `eager.py`'s torch. `gspn2::scan_planes` reads a projection's output feature by feature;
+`gspn2::scan_planes_saving` also returns the state, for `gspn2::scan_planes_backward`. Where that has no kernel,
+`gspn2_scan_planes` with a gradient is `gspn2_scan` of its parts.
 """
 
 from typing import Any
 
 import torch
 
-from . import cuda, eager, planes
+from . import cuda, eager, planes, planes_backward
 from .validation import DIRECTIONS, ScanOptions, check_features, check_inputs
 
 _OPTIONS = "int[] directions, bool softmax, int segment, bool merge_sum"
@@ -161,6 +162,83 @@ def _(features, bias, channels, groups, gates, lam, u, directions, softmax, segm
     return features.new_empty((1 if merge_sum else len(directions)) * channels, *features.shape[1:])
 
 
+_PLANES = f"Tensor features, Tensor? bias, int channels, int groups, int gates, bool lam, bool u, {_OPTIONS}"
+
+
+@torch.library.custom_op(
+    "gspn2::scan_planes_saving", mutates_args=(), schema=f"({_PLANES}, bool decay=False) -> (Tensor, Tensor)"
+)
+def _scan_planes_saving(
+    features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False
+):
+    layout = planes.Layout(channels, groups, tuple(directions), gates, lam, u)
+    y, state = None, None
+    if features.is_cuda and features.dtype in cuda.STORAGE_NAMES:
+        state = features.new_empty(len(directions) * channels, *features.shape[1:]) if u else None
+        with torch.cuda.device(features.device):
+            y = planes.scan(features, bias, layout, softmax, segment, decay, state)
+    if y is None:
+        y, state = _scan(*_parts(features, bias, layout), directions, softmax, segment, False, u, decay)
+        y, state = _planes_of(y), _planes_of(state) if u else None
+    if merge_sum:
+        return planes.sum_of_directions(y, len(directions)), y if state is None else state
+    return y, features.new_empty(0) if state is None else state
+
+
+@_scan_planes_saving.register_fake
+def _(features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False):
+    each = (len(directions) * channels, *features.shape[1:])
+    y = features.new_empty(channels if merge_sum else each[0], *each[1:])
+    return y, features.new_empty(each if u or merge_sum else (0,))
+
+
+@torch.library.custom_op(
+    "gspn2::scan_planes_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor saved, {_PLANES}, bool decay=False) -> Tensor",
+)
+def _scan_planes_backward(
+    grad_y, saved, features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False
+):
+    layout = planes.Layout(channels, groups, tuple(directions), gates, lam, u)
+    if features.is_cuda and features.dtype in cuda.STORAGE_NAMES:
+        with torch.cuda.device(features.device):
+            grad = planes_backward.scan_backward(grad_y, saved, features, bias, layout, softmax, segment, decay)
+        if grad is not None:
+            return grad
+
+    def last(t: torch.Tensor) -> torch.Tensor:
+        each = t.permute(1, 2, 3, 0).contiguous()
+        return each if len(t) == channels and merge_sum else each.unflatten(-1, (len(directions), channels))
+
+    inputs, shape = _parts(features, bias, layout), (len(directions), channels)
+    state = saved.permute(1, 2, 3, 0).contiguous().unflatten(-1, shape)
+    grads = _scan_backward(last(grad_y), state, *inputs, directions, softmax, segment, merge_sum, decay)
+    parts = [_planes_of(g) for g, t in zip(grads, inputs, strict=True) if t is not None]
+    return torch.cat([*parts, features.new_zeros(len(features) - sum(layout.sizes), *features.shape[1:])])
+
+
+@_scan_planes_backward.register_fake
+def _(grad_y, saved, features, *_options):
+    return features.new_empty(features.shape)
+
+
+def _setup_planes_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    features, bias, *options = inputs
+    u, merge_sum = options[4], options[8]
+    ctx.save_for_backward(output[1 if u or merge_sum else 0], features, bias)
+    ctx.options = options
+
+
+def _planes_backward(ctx: Any, grad_y: torch.Tensor, _grad_saved: Any) -> tuple[torch.Tensor | None, ...]:
+    saved, features, bias = ctx.saved_tensors
+    grad = _scan_planes_backward(grad_y, saved, features, bias, *ctx.options)
+    return (grad, None if bias is None else grad.sum((1, 2, 3)), *[None] * len(ctx.options))
+
+
+torch.library.register_autograd("gspn2::scan_planes_saving", _planes_backward, setup_context=_setup_planes_context)
+
+
 def _parts(features: torch.Tensor, bias: torch.Tensor | None, layout: planes.Layout) -> Any:
     """Channels last."""
     parts = planes.parts(features if bias is None else features + bias[:, None, None, None], layout)
@@ -189,9 +267,9 @@ def gspn2_scan_planes(
 ) -> torch.Tensor:
     """`gspn2_scan` of a projection's output whose features come first: W @ tokens.T instead of tokens @ W.T.
 
-    On Hopper this is the fastest way to scan most maps without gradient: whatever the direction and the channels, what
-    a block of the kernel reads is whole parts of memory (docs/kernel.md). Elsewhere, with gradients and in shapes that
-    the kernel does not have, the parts are copied to channels last and scanned by `gspn2_scan`.
+    On Hopper this is the fastest way to scan most maps: whatever the direction and the channels, what a block of the
+    kernel reads is whole parts of memory (docs/kernel.md). Elsewhere, and in shapes that the kernels do not have, the
+    parts are copied to channels last and scanned by `gspn2_scan`.
 
     Args:
         features: (F, B, H, W), one after another x (D), lam (K D), u (K D), logits (K G 3) and whatever pads them; with
@@ -223,11 +301,15 @@ def gspn2_scan_planes(
             f"`features` has {features.shape[0]} planes and these options need {sum(layout.sizes)}; pass the output of "
             "a projection to as many."
         )
+    chosen = (indices, normalizer == "softmax", segment or 0, merge == "sum", decay)
     if torch.is_grad_enabled() and (features.requires_grad or (bias is not None and bias.requires_grad)):
+        height, width = features.shape[2:]
+        if scans_planes(features, height, width, channels, groups, training=True):
+            given = (features, bias, channels, groups, layout.gates, input_gate, output_gate)
+            return _scan_planes_saving(*given, *chosen)[0]
         inputs = _parts(features, bias, layout)
         y = gspn2_scan(*inputs, directions=directions, normalizer=normalizer, segment=segment, merge=merge, decay=decay)
         return _planes_of(y)
-    chosen = (indices, normalizer == "softmax", segment or 0, merge == "sum", decay)
     if key is not None:
         launches: list[cuda.Launch] = []
         scanned = planes.scan(features, bias, layout, *chosen[1:3], decay, execute=launches.append)
@@ -238,11 +320,15 @@ def gspn2_scan_planes(
     return _scan_planes(features, bias, channels, groups, layout.gates, input_gate, output_gate, *chosen)
 
 
-def scans_planes(tensor: torch.Tensor, height: int, width: int, channels: int, groups: int = 1) -> bool:
-    """Whether `gspn2_scan_planes` is the faster way to scan such maps without gradient, on `tensor`'s device and in its
-    type."""
-    size = tensor.element_size()
-    known = tensor.dtype in cuda.STORAGE_NAMES and planes.row_of(height, width, channels, groups, size) is not None
+def scans_planes(
+    tensor: torch.Tensor, height: int, width: int, channels: int, groups: int = 1, training: bool = False
+) -> bool:
+    """Whether `gspn2_scan_planes` is the faster way to scan such maps on `tensor`'s device and in its type; `training`:
+    with the gradient."""
+    shape = (height, width, channels, groups, tensor.element_size())
+    known = tensor.dtype in cuda.STORAGE_NAMES and planes.row_of(*shape) is not None
+    if training:
+        known = known and planes_backward.row_of(*shape) is not None
     return known and tensor.is_cuda and _has_planes(tensor.get_device())
 
 

@@ -339,6 +339,9 @@ GSPN2_DEVICE void groups_read() {
 GSPN2_DEVICE void engine_fence() {}
 
 GSPN2_DEVICE float fast_exp(float value) { return std::exp(value); }
+GSPN2_DEVICE float fast_exp2(float value) { return std::exp2(value); }
+GSPN2_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
+GSPN2_DEVICE float smaller(float a, float b) { return std::fmin(a, b); }
 GSPN2_DEVICE float fast_divide(float a, float b) { return a / b; }
 
 struct Half {

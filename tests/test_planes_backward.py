@@ -1,0 +1,255 @@
+"""Gradients of the scan of features that come first: the kernel in the emulation, the table, the operators on a CPU."""
+
+import itertools
+
+import pytest
+import torch
+
+from gspn2_diffusion import GSPN2Config
+from gspn2_diffusion.layers import GSPN2Layer, scan_layer
+from gspn2_diffusion.ops import eager, gspn2_scan_planes, planes, planes_backward
+from gspn2_diffusion.ops import scan as scan_module
+from gspn2_diffusion.ops.cuda import Launch
+
+from .emulated import DEVICES, execute, library, needs_compiler
+from .scan_cases import NAMES, Case, assert_close, make_features, planes_options
+from .test_planes import BF16, CASES, FP16, FP32, H100, _operands, layout_of, works
+
+
+def in_planes(t: torch.Tensor) -> torch.Tensor:
+    return t.flatten(3).permute(3, 0, 1, 2).contiguous()
+
+
+def exact_parts(case: Case, features: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """x, lam, u and logits in float64."""
+    exact = features.double() if bias is None else features.double() + bias.double()[:, None, None, None]
+    return [t if t is None else t.contiguous() for t in planes.parts(exact, layout_of(case))]
+
+
+def run(
+    case: Case, dtype: torch.dtype, biased: bool = True, seed: int = 0
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Launch]:
+    """The emulated kernel's gradients, float64's from the same saved state, and the launch. (What the state loses in
+    the storage type is most of the logits' gradients' error, whoever makes them.)"""
+    features, bias = make_features(case, dtype)
+    given = bias if biased else None
+    parts, layout = exact_parts(case, features, given), layout_of(case)
+    directions, options = list(layout.directions), (case.normalizer == "softmax", case.segment or 0)
+    y, state = eager.scan_forward(*parts, directions, *options, case.merge == "sum", True, case.decay)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype).to(dtype)
+    state = state.to(dtype)
+    exact = eager.scan_backward(
+        grad_y.double(), state.double(), *parts, directions, *options, case.merge == "sum", case.decay
+    )
+    expected = {f"d_{name}": in_planes(t) for name, t in zip(NAMES, exact, strict=True) if t.numel()}
+    launches: list[Launch] = []
+
+    def emulate(launch: Launch) -> None:
+        launches.append(launch)
+        execute(launch, seed)
+
+    tensors = (in_planes(grad_y), in_planes(state), features, given, layout)
+    torch.use_deterministic_algorithms(True)  # fills the result's memory with NaN
+    try:
+        grad = planes_backward.scan_backward(*tensors, *options, case.decay, device=H100, execute=emulate)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert grad is not None
+    split = grad.split((*layout.sizes, len(grad) - sum(layout.sizes)))
+    assert not split[4].any(), "what pads the features has no gradient"
+    got = {f"d_{name}": t for name, t in zip(NAMES, split[:4], strict=True) if len(t)}
+    return got, expected, launches[0]
+
+
+def check(case: Case, dtype: torch.dtype, biased: bool = True) -> None:
+    got, expected, _ = run(case, dtype, biased)
+    assert got.keys() == expected.keys()
+    for name, grad in got.items():
+        assert_close(name, grad, expected[name])
+
+
+# As the forward's: halos as wide as a share, blocks with few positions or none, ragged slices and boxes, odd and even
+# numbers of positions of a lane, weights for each channel, more warps than there are tasks.
+FORCED = [
+    (Case(1, 8, 8, 1, directions=("down",), gates="none"), FP32, dict(width=1, lines=(8, 8))),
+    (Case(1, 8, 8, 2, directions=("up",)), BF16, dict(width=2, lines=(8, 8))),
+    (Case(1, 8, 24, 2, directions=("left",)), BF16, dict(width=2, lines=(16, 8))),
+    (Case(2, 9, 16, 5), BF16, dict(width=5, lines=(16, 4))),
+    (Case(1, 33, 48, 7, normalizer="softmax"), FP16, dict(width=3, lines=(16, 16))),
+    (Case(1, 19, 40, 6), BF16, dict(width=2, cluster=3, lines=(8, 2), workers=8)),
+    (Case(1, 19, 40, 6), BF16, dict(width=4, cluster=2, workers=1, slots=2)),
+    (Case(1, 70, 32, 6, gates="shared", merge="sum"), BF16, dict(width=4, cluster=2, lines=(32, 16))),
+    (Case(1, 24, 64, 4, 4, ("right",), gates="lam"), BF16, dict(width=2, cluster=2, normalizers=1)),
+    (Case(1, 24, 64, 3, 3, ("right", "up"), gates="lam"), FP16, dict(width=2, cluster=2)),
+    (Case(1, 24, 64, 4, 2, gates="none"), FP16, dict(width=2, cluster=2)),
+    (Case(1, 24, 64, 4, gates="none", merge="sum"), BF16, dict(width=4)),
+    (Case(1, 20, 72, 4), FP32, dict(width=2, cluster=2, lines=(8, 8))),
+    (Case(1, 20, 36, 2, normalizer="softmax"), FP32, dict(width=2, lines=(16, 4))),
+    (Case(1, 32, 32, 4, segment=16), FP16, dict(width=2, lines=(8, 4))),
+    (Case(1, 33, 32, 4, segment=16, directions=("up", "down")), FP16, dict(width=2, lines=(8, 8))),
+    (Case(1, 30, 64, 4, decay=True), FP32, dict(width=4, cluster=2, most_stages=2)),
+    (Case(1, 30, 64, 4, 2, decay=True, normalizer="softmax"), FP16, dict(width=2, cluster=2, most_stages=2)),
+    (Case(1, 72, 64, 4), BF16, dict(width=4, cluster=2, halo=16)),
+    (Case(1, 50, 80, 5), FP16, dict(width=5, cluster=3, lines=(16, 16), places=(3, 8), halo=16, most_stages=2)),
+    (Case(1, 128, 80, 3), BF16, dict(width=3, cluster=2, lines=(16, 16), places=(5, 8), units=(2, 2))),
+    (Case(1, 32, 32, 10, gates="shared"), BF16, dict(width=10, places=(1, 1), units=(8, 1))),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "dtype", "choices"), FORCED, ids=[str(case) for case, _, _ in FORCED])
+def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
+    monkeypatch.setattr(planes_backward, "choose", lambda work, device: planes_backward.make_variant(work, **choices))
+    for biased in (True, False) if case.W == 16 else (True,):
+        check(case, dtype, biased)
+
+
+STATES = [
+    (Case(1, 9, 16, 5), BF16, dict(width=5, lines=(16, 4))),
+    (Case(1, 24, 64, 4, 2, gates="shared"), FP32, dict(width=2, cluster=2, lines=(16, 8))),
+    (Case(1, 33, 32, 3, segment=16, decay=True), FP16, dict(width=3, lines=(16, 8))),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "dtype", "choices"), STATES, ids=[str(case) for case, _, _ in STATES])
+def test_the_forward_leaves_the_state(case, dtype, choices, monkeypatch):
+    monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **choices))
+    features, bias = make_features(case, dtype)
+    layout, options = layout_of(case), (case.normalizer == "softmax", case.segment or 0)
+    state = torch.full((len(layout.directions) * case.D, *features.shape[1:]), torch.nan, dtype=dtype)
+    y = planes.scan(features, bias, layout, *options, case.decay, state, device=H100, execute=execute)
+    expected = eager.scan_forward(
+        *exact_parts(case, features, bias), list(layout.directions), *options, False, True, case.decay
+    )
+    assert_close("y", y, in_planes(expected[0]))
+    assert_close("h", state, in_planes(expected[1]))
+
+
+# Each row of the table.
+TABLE = [
+    (Case(1, 9, 32, 5, directions=("right", "up")), BF16),
+    (Case(1, 57, 16, 3, directions=("left", "down")), FP16),
+    (Case(1, 9, 104, 3, directions=("left", "down")), BF16),
+    (Case(1, 9, 136, 7, directions=("left", "up")), BF16),
+    (Case(1, 260, 16, 2, directions=("right", "down")), FP16),
+    (Case(1, 130, 16, 2, 2, ("right",), gates="lam"), FP16),
+    (Case(1, 130, 12, 2, 2, ("left",), gates="lam"), FP32),
+]
+
+
+def row(case: Case, dtype: torch.dtype) -> planes_backward.Row | None:
+    return planes_backward.row_of(case.H, case.W, case.D, case.G, dtype.itemsize)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "dtype"), TABLE, ids=[str(case) for case, _ in TABLE])
+def test_the_table_emulated(case, dtype):
+    check(case, dtype)
+
+
+def test_each_row_of_the_table_is_emulated():
+    assert {row(*work) for work in TABLE} == set(planes_backward.ROWS)
+
+
+@needs_compiler
+def test_same_bits_in_any_order_of_threads():
+    case = Case(1, 9, 144, 5, directions=("left", "up"))
+    first, _, launch = run(case, BF16, seed=1)
+    assert launch.cluster > 1
+    second = run(case, BF16, seed=2)[0]
+    assert all(torch.equal(grad, second[name]) for name, grad in first.items())
+
+
+def test_table_gives_a_variant_that_fits():
+    taken = 0
+    for work in works():
+        v = planes_backward.choose(work, H100)
+        layout = work.layout
+        if planes_backward.row_of(work.H, work.W, layout.D, layout.G, work.size) is None:
+            assert v is None
+            continue
+        if v is None:  # a segment that boxes do not divide
+            assert work.segment
+            continue
+        taken += 1
+        assert v.shared <= H100.shared and v.threads <= 1024 and v.workers >= 1 and v.normalizers >= 1, work
+        assert v.slices * v.width >= layout.D and v.sets == (v.width if layout.G == layout.D > 1 else 1)
+        assert v.sets > 1 or layout.G == 1 or layout.D // layout.G % v.width == 0
+        assert v.parts == (1 if v.sets > 1 else -(-layout.D // layout.G // v.width))
+        for along in work.ways:
+            halos = 2 * v.halo if v.cluster > 1 else 0
+            assert v.shares[along] * v.cluster >= work.length(along) and v.spans[along] == v.shares[along] + halos
+            assert v.spans[along] <= 32 * v.places[along] and v.spans[along] % v.places[along] == 0
+            assert v.stages[along] >= min(2, -(-work.lines(along) // v.lines[along]))
+            assert not along or v.places[along] & (v.places[along] - 1) == 0
+    assert taken > 200
+
+
+def test_other_devices_and_shapes_have_none():
+    layout = planes.Layout(8, 1, (0, 1, 2, 3), 4, True, True)
+    assert planes_backward.choose(planes.Work(1, 64, 64, layout, 0, 2, False), DEVICES["a100"]) is None
+    for sides in ((64, 60), (16, 16), (64, 4096)):
+        assert planes_backward.choose(planes.Work(1, *sides, layout, 0, 2, False), H100) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("choices", [dict(width=5), dict(width=4, cluster=4, halo=16, slots=2)], ids=["one", "cluster"])
+@pytest.mark.parametrize("decay", [False, True], ids=["", "decay"])
+def test_shared_memory_is_what_the_kernel_needs(choices, decay):
+    work = planes.Work(1, 64, 64, layout_of(Case(1, 64, 64, 20)), 0, 2, decay)
+    v = planes_backward.make_variant(work, **choices, places=(4, 4), most_stages=2)
+    assert library(planes_backward.defines(v, BF16, 15, decay)).needed_shared_bytes(0, 0) == v.shared
+
+
+@pytest.mark.parametrize("case", [*CASES, Case(1, 4, 5, 3, gates="none", merge="sum")], ids=str)
+def test_on_a_cpu_the_operators_are_the_scan_of_the_parts(case):
+    features, bias = (t.requires_grad_() for t in make_features(case, torch.float64))
+    expected = gspn2_scan_planes(features, bias, **planes_options(case))
+    operands = _operands(features, bias, case)
+    got, _ = scan_module._scan_planes_saving(*operands)
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn(got.shape, dtype=got.dtype, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(expected, (features, bias), grad)
+    for a, b in zip(torch.autograd.grad(got, (features, bias), grad), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.library.opcheck(torch.ops.gspn2.scan_planes_saving, operands)
+    saved = scan_module._scan_planes_saving(*operands)[
+        0 if case.gates in ("lam", "none") and case.merge != "sum" else 1
+    ]
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.gspn2.scan_planes_backward, (grad, saved.detach(), *operands))
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum"])
+def test_training_compiles_into_one_graph(merge, monkeypatch):
+    monkeypatch.setattr(scan_module, "scans_planes", lambda *_, **__: True)
+    features, bias = (t.requires_grad_() for t in make_features(Case(1, 8, 8, 4), torch.float32))
+
+    def loss(features, bias):
+        return gspn2_scan_planes(features, bias, channels=4, merge=merge).square().sum()
+
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(features, bias), (features, bias))
+    for a, b in zip(got, torch.autograd.grad(loss(features, bias), (features, bias)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("merge", "gates"), list(itertools.product(["concat", "sum"], ["per_direction", "shared"])))
+def test_the_layer_trains_the_same_either_way(merge, gates, monkeypatch):
+    layer = GSPN2Layer(48, 40, GSPN2Config(init="random", proxy_dim=8, merge=merge, gates=gates, groups=2))
+    torch.nn.init.normal_(layer.scan_in.bias)
+    tokens = torch.randn(2, 96, 48, requires_grad=True)
+    leaves = [tokens, *layer.parameters()]
+    grad = torch.randn(2, 96, 40)
+    expected = torch.autograd.grad(layer(tokens, 8, 12), leaves, grad)
+    asked = []
+
+    def always(*_, training=False):
+        asked.append(training)
+        return True
+
+    monkeypatch.setattr(scan_module, "scans_planes", always)
+    monkeypatch.setattr(scan_layer, "scans_planes", always)
+    for a, b in zip(torch.autograd.grad(layer(tokens, 8, 12), leaves, grad), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert asked == [True, True]
