@@ -190,6 +190,41 @@ def error_of_planes(features: torch.Tensor, bias: torch.Tensor | None, shape: Sh
     return max(largest_error(scan_features(i, bias, shape), scan_features(i.double(), exact, shape)) for i in images)
 
 
+def last_backward(inputs: list[torch.Tensor | None], shape: Shape, timer: Timer) -> float:
+    """Seconds, with channels last."""
+    options = ([ALL.index(d) for d in shape.directions], False, 0, False)
+    y, state = torch.ops.gspn2.scan(*inputs, *options, shape.output_gate)
+    grad_y = torch.randn_like(y)
+    state = state if shape.output_gate else y
+    return timer(lambda _: torch.ops.gspn2.scan_backward(grad_y, state, *inputs, *options))
+
+
+def operands(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> tuple:
+    """Of the operators that scan planes."""
+    directions = [ALL.index(d) for d in shape.directions]
+    options = (directions, False, 0, False)
+    return (features, bias, shape.D, shape.G, len(directions), True, shape.output_gate, *options)
+
+
+def backward_operands(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> tuple:
+    given = operands(features, bias, shape)
+    y, state = torch.ops.gspn2.scan_planes_saving(*given)
+    return (torch.randn_like(y), state if shape.output_gate else y, *given)
+
+
+def error_of_backward(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> float:
+    """Of the first image's gradients against float64's from the same state, each relative to its largest."""
+    grad_y, state, image, *_ = given = backward_operands(features[:, :1].contiguous(), bias, shape)
+    got = torch.ops.gspn2.scan_planes_backward(*given)
+    exact = (grad_y.double(), state.double(), image.double(), None if bias is None else bias.double(), *given[4:])
+    K, expected = len(shape.directions), torch.ops.gspn2.scan_planes_backward(*exact)
+    sizes = [shape.D, K * shape.D, K * shape.D * shape.output_gate, 3 * K * shape.G]
+    pairs = zip(
+        got.split([*sizes, len(got) - sum(sizes)]), expected.split([*sizes, len(got) - sum(sizes)]), strict=True
+    )
+    return max(largest_error(a, b) for a, b in list(pairs)[:4] if len(a))
+
+
 def python_us(work: Callable[[], object]) -> float:
     """Without waiting for the GPU: what a call costs the host, as long as the GPU keeps up."""
     start = time.perf_counter()
@@ -243,16 +278,17 @@ def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare:
         if not backward:
             return rows
 
-        x, lam, u, logits = inputs[0]
-        indices = [ALL.index(d) for d in shape.directions]
-        options = (indices, False, 0, False)
-        y, state = torch.ops.gspn2.scan(x, lam, u, logits, *options, u is not None)
-        state = y if u is None else state
-        grad_y = torch.randn_like(y)
+        row = dict(shape=name, dtype=dtype_name, work="backward", last_us=last_backward(inputs[0], shape, timer) * 1e6)
+        row["us"] = row["last_us"]
         bytes_moved = floor_bytes(shape, dtype, True)
-        seconds = timer(lambda _: torch.ops.gspn2.scan_backward(grad_y, state, x, lam, u, logits, *options))
-        row = dict(shape=name, dtype=dtype_name, work="backward", us=seconds * 1e6)
-        rows.append(row | dict(floor_us=bytes_moved / bandwidth * 1e6, fraction=bytes_moved / bandwidth / seconds))
+        if scans_planes(torch.empty(0, dtype=dtype, device=device), shape.H, shape.W, shape.D, shape.G, training=True):
+            featured = make_features(shape, dtype, device)
+            given = backward_operands(*featured, shape)
+            row["us"] = row["planes_us"] = timer(lambda _: torch.ops.gspn2.scan_planes_backward(*given)) * 1e6
+            row["error"] = error_of_backward(*featured, shape)
+        rows.append(
+            row | dict(floor_us=bytes_moved / bandwidth * 1e6, fraction=bytes_moved / bandwidth / row["us"] * 1e6)
+        )
     return rows
 
 

@@ -10,7 +10,9 @@
 //     (nor the stage's boxes; horizontally: the gradients are there) -> empty (they have been read)
 //
 // A task is 16 bytes, for each of 32 lanes, of each channel: a chunk of lines of a position where a line is a column, positions of a
-// line where it is a row. A slice that has only part of its group's channels writes float32 parts, to be added afterwards.
+// line where it is a row. A slice that has only part of its group's channels writes a part of the logits' gradients (through the
+// normaliser they are linear in dw), in the storage type, which loses less than the state has in it. `sum_planes` adds the parts
+// and, for what directions share, the directions.
 // Halos are there for g alone: x and lam are read for the own positions, h for a few more.
 #pragma once
 
@@ -27,8 +29,6 @@ struct PlaneBackwardParams {
     int workers;                   // warps that make gradients
 };
 
-enum { HAS_PARTS = 8 };
-
 // SHARE: positions of SPAN without halos.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int SHARE_, int PLACES_, int LINES_, int STAGES_, int SLOTS_, int UNIT_, int HALO_,
           int CLUSTER_, int HAS, bool DECAY_, bool VERTICAL_>
@@ -37,7 +37,7 @@ struct BackwardPlaneRing {
     static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
     static constexpr int SLOTS = SLOTS_, UNIT = UNIT_, HALO = HALO_, CLUSTER = CLUSTER_;
     static constexpr bool VERTICAL = VERTICAL_, DECAY = DECAY_;
-    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS, PARTS = HAS & HAS_PARTS;
+    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
     static constexpr int SIZE = sizeof(T), PART = 16 / SIZE;
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
@@ -324,15 +324,17 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         };
         const auto get = [&](const auto& from, int s, int k) { return VERTICAL ? from[s].get(k) : from[k].get(ASCENDING ? s : CHUNK - 1 - s); };
         if (chunk == 0) signal_wait(R::full(turn.stage), turn.parity);
+        // Lines of their own are read one ahead: what is stored between them could be what is read next, for all that the compiler knows.
         Words<T, LENGTH> dy[VECTORS], u[R::U ? VECTORS : 1], lam[DECAY ? VECTORS : 1];
-#pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
+        const auto take = [&](int v) {
             dy[v].load(box + R::DY_AT + at_vector(v));
             if constexpr (R::U) u[v].load(box + R::U_AT + at_vector(v));
             if constexpr (DECAY) lam[v].load(box + R::LAM_AT + at_vector(v));
             if constexpr (R::BIAS && R::U) u[v].add(bias[0]);
             if constexpr (R::BIAS && DECAY) lam[v].add(bias[1]);
-        }
+        };
+#pragma unroll
+        for (int v = 0; v < (VERTICAL ? 1 : VECTORS); ++v) take(v);
         signal_wait(R::ready(slot.stage), slot.parity);
         if constexpr (CLUSTER > 1) {
             const int exchange = n / (HALO / CHUNK);
@@ -359,6 +361,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         float before_last[PLACES];
 #pragma unroll
         for (int s = 0; s < CHUNK; ++s) {
+            if (VERTICAL && s + 1 < CHUNK) take(s + 1 < CHUNK ? s + 1 : s);
             // This line's weights are not needed before the next one.
             float w[3][PLACES];
             if constexpr (R::FOURS) {
@@ -640,17 +643,11 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
 #pragma unroll
             for (int t = 0; t < 3; ++t) sum[t][e] = four[t] * (1.f - four[t] * four[3]) * (sum[t][e] - mean);
         }
-        const View& view = R::PARTS ? p.partial : p.grad_logits;
-        const long long to = pixel(view) + static_cast<long long>(group + set) * 3 * view.group;
+        const View& view = p.grad_logits;
+        T* to = global_memory(static_cast<T*>(view.data)) + pixel(view) + static_cast<long long>(group + set) * 3 * view.group +
+                at.slice % p.parts * p.part_stride;
 #pragma unroll
-        for (int t = 0; t < 3; ++t) {
-            if (!active) continue;
-            if constexpr (R::PARTS) {
-                store_vector<float, PART>(global_memory(static_cast<float*>(view.data)) + to + t * view.group + at.slice % p.parts * p.part_stride, sum[t]);
-            } else {
-                store_vector<T, PART>(global_memory(static_cast<T*>(view.data)) + to + t * view.group, sum[t]);
-            }
-        }
+        for (int t = 0; t < 3; ++t, to += view.group) store_if<T, PART>(active, to, sum[t]);
         engine_fence();
         warp_arrives(R::used(slot));
         if (threadIdx.x % 32 < WARP_ARRIVALS) {
@@ -736,5 +733,42 @@ GSPN2_DEVICE void scan_planes_backward(const PlaneBackwardParams& planes) {
         scan_planes_back<Rows>(planes, at);
     } else {
         scan_planes_back<Columns>(planes, at);
+    }
+}
+
+// Sums of planes that lie `apart` elements from one another; of none of them zeros.
+struct PlaneSum {
+    const void* from;
+    void* to;
+    long long vectors, apart;  // of 16 bytes; elements
+    long long terms;
+};
+
+[[maybe_unused]] constexpr int MOST_SUMS = 5;
+struct PlaneSums {
+    PlaneSum sums[MOST_SUMS];
+};
+
+// One thread for 16 bytes of a sum.
+template <typename T>
+GSPN2_DEVICE void sum_planes(const PlaneSums& p) {
+    constexpr int PART = 16 / sizeof(T);
+    long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int s = 0; s < MOST_SUMS; ++s) {
+        const PlaneSum& sum = p.sums[s];
+        if (index >= 0 && index < sum.vectors) {
+            const T* from = global_memory(static_cast<const T*>(sum.from)) + index * PART;
+            float total[PART] = {};
+#pragma unroll 4
+            for (int term = 0; term < sum.terms; ++term, from += sum.apart) {
+                float value[PART];
+                load_vector<T, PART>(value, from);
+#pragma unroll
+                for (int e = 0; e < PART; ++e) total[e] += value[e];
+            }
+            store_vector<T, PART>(global_memory(static_cast<T*>(sum.to)) + index * PART, total);
+        }
+        index -= sum.vectors;
     }
 }

@@ -23,14 +23,15 @@ from .planes import (
     Work,
     addressable,
     lane_places,
-    sum_of_directions,
 )
 from .planes import _up as up
 
 MAPS = 9  # of x, lam, u, logits, dy, the state and the gradients of x, lam and u, for each of both ways along a map
 FEATURES, GRAD_Y, STATE, GRADS = 0, 5, 4, 6  # tensors, by the number that a launch's boxes have
 H_HALO = 8  # positions of the state on either side of a share
-PARTS = torch.float32  # of sums over part of a group's channels
+SUMS = struct.Struct("2Q3q")  # of planes.
+MOST_SUMS = 5
+SUM_THREADS = 256
 
 
 class Variant(NamedTuple):
@@ -162,7 +163,7 @@ ROWS = (
     Row(32, 40, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
     Row(41, 96, False, 2, 96, 5, (16, 8), (3, 4), (4, 2), 4, 6),
     Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 4, 6),
-    Row(129, 2048, False, 2, 64, 6, (16, 8), (3, 4), (4, 2), 4, 6),
+    Row(129, 2048, False, 2, 64, 6, (16, 8), (3, 4), (4, 2), 4, 4),
     Row(129, 2048, True, 2, 64, 2, (16, 8), (3, 4), (4, 2), 6, 6),
     Row(129, 2048, True, 4, 64, 2, (8, 8), (3, 4), (4, 2), 6, 6),
 )
@@ -196,7 +197,7 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
-    """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for parts."""
+    """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 1 for lam, 2 for u, 4 for a bias."""
     name = cuda.STORAGE_NAMES[storage]
     choices: dict[str, object] = dict(
         STORAGE=name,
@@ -224,8 +225,8 @@ def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tu
 
 
 class Gradients(NamedTuple):
-    """What a launch writes: (planes, B, H, W) each, every direction apart; of the logits, where a group's channels span
-    slices, parts in float32, (parts, planes, B, H, W)."""
+    """What a launch writes: (planes, B, H, W) each, every direction apart; of the logits each slice's part of a group,
+    (parts, planes, B, H, W)."""
 
     x: torch.Tensor
     lam: torch.Tensor | None
@@ -283,12 +284,11 @@ def make_launch(
     for n, grad in enumerate(grads[:3]):
         if grad is not None:
             views[6 + n] = (grad.data_ptr(), *grad.stride()[1:3], 1, layout.D * grad.stride(0), grad.stride(0))
-    each = grads.logits[0] if variant.parts > 1 else grads.logits
-    per_direction = 3 * layout.G * each.stride(0)
-    views[10 if variant.parts > 1 else 9] = (each.data_ptr(), *each.stride()[1:3], 1, per_direction, each.stride(0))
+    apart, plane, *steps = grads.logits.stride()
+    views[9] = (grads.logits.data_ptr(), *steps[:2], 1, 3 * layout.G * plane, plane)
     params = cuda.PARAMS.pack(
         *(v for view in views for v in view),
-        grads.logits.stride(0) if variant.parts > 1 else 0,
+        apart,
         *(work.B, work.H, work.W, layout.D, len(layout.directions), layout.G, packed),
         *(work.segment or max(work.H, work.W), work.segments, variant.slices, variant.parts, softmax),
     )
@@ -297,7 +297,7 @@ def make_launch(
     params += struct.pack(
         "q6i", 0 if bias is None else bias.data_ptr(), x, x + lam, x + lam + u, gates, per_y, variant.workers
     )
-    has = layout.lam + 2 * layout.u + 4 * (bias is not None) + 8 * (variant.parts > 1)
+    has = layout.lam + 2 * layout.u + 4 * (bias is not None)
     chosen = defines(variant, features.dtype, has, work.decay)
     block = (variant.threads, 1)
     return Launch(
@@ -341,7 +341,7 @@ def scan_backward(
     device: Device | None = None,
     execute: Callable[[Launch], None] | None = None,
 ) -> torch.Tensor | None:
-    """The gradient of `features`, (F, B, H, W), in one launch and torch's sums, None where there is no variant.
+    """The gradient of `features`, (F, B, H, W), in a launch and another for sums, None where there is no variant.
 
     `grad_y` is (K D, B, H, W), or (D, B, H, W) of the directions' sum; `state` what the forward saved. `device` and
     `execute` are for tests.
@@ -349,34 +349,53 @@ def scan_backward(
     variant = variant_for(features, layout, segment, decay, device)
     if variant is None:
         return None
-    grad_y, state = (t if addressable(t) else t.contiguous() for t in (grad_y, state))
-    D, K = layout.D, len(layout.directions)
-    x, lam, u, logits = layout.sizes
-    pixels = features.shape[1:]
-    # Features, bias and gradients go into the launch by address: they stay in the projection's order.
-    grad = features.new_empty(features.shape)
-    of_x, of_lam, of_u, of_logits, rest = grad.split((x, lam, u, logits, len(grad) - x - lam - u - logits))
-    own = layout.gates == K
+    run = execute or cuda._execute
+    grad_y, state = (t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (grad_y, state))
+    grad, K = features.new_empty(features.shape), len(layout.directions)
+    sizes = layout.sizes
+    *parts, padding = grad.split((*sizes, len(grad) - sum(sizes)))
+    sums: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-    def each_direction(there: bool, t: torch.Tensor) -> torch.Tensor | None:
-        return (t if own else features.new_empty(K * D, *pixels)) if there else None
+    def written(to: torch.Tensor, terms: int) -> torch.Tensor:
+        """(terms, planes, B, H, W): `to` itself, or what will be added up."""
+        if terms == 1:
+            return to.unsqueeze(0)
+        apart = to.new_empty(terms, *to.shape)
+        sums.append((to, apart))
+        return apart
 
-    parts = of_logits
-    if variant.parts > 1:
-        parts = torch.empty((variant.parts, *of_logits.shape), dtype=PARTS, device=features.device)
-    of_directions = of_x if K == 1 else features.new_empty(K * D, *pixels)
-    grads = Gradients(of_directions, each_direction(layout.lam, of_lam), each_direction(layout.u, of_u), parts)
+    of_x = written(parts[0], K).flatten(0, 1)
+    gates = [
+        written(to, K // layout.gates).flatten(0, 1) if there else None
+        for to, there in zip(parts[1:3], (layout.lam, layout.u), strict=True)
+    ]
+    grads = Gradients(of_x, gates[0], gates[1], written(parts[3], variant.parts))
+    if len(padding):
+        sums.append((padding, None))
     work = work_of(features, layout, segment, decay)
-    (execute or cuda._execute)(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
-    if K > 1:
-        of_x.copy_(sum_of_directions(of_directions, K))
-    for apart, whole in ((grads.lam, of_lam), (grads.u, of_u)):
-        if apart is not None and not own:
-            whole.copy_(sum_of_directions(apart, K))
-    if variant.parts > 1:
-        of_logits.copy_(parts.sum(0))
-    rest.zero_()
+    run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
+    if sums:
+        run(sum_launch(sums))
     return grad
+
+
+def sum_launch(sums: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Launch:
+    """Each first tensor becomes the sum of the second's, along its first dimension, or zero."""
+    vectors = [to.nbytes // 16 for to, _ in sums]
+    params = b"".join(
+        SUMS.pack(
+            0 if terms is None else terms.data_ptr(),
+            to.data_ptr(),
+            count,
+            0 if terms is None else terms.stride(0),
+            0 if terms is None else len(terms),
+        )
+        for (to, terms), count in zip(sums, vectors, strict=True)
+    )
+    params += bytes((MOST_SUMS - len(sums)) * SUMS.size)
+    name = cuda.STORAGE_NAMES[sums[0][0].dtype]
+    chosen = ("-DGSPN2_SUM_PLANES", f"-DGSPN2_STORAGE={name}", "-DGSPN2_CLUSTER=1", f"-DGSPN2_THREADS={SUM_THREADS}")
+    return Launch("gspn2_sum_planes", chosen, params, -(-sum(vectors) // SUM_THREADS), (SUM_THREADS, 1), 1, 0)
 
 
 __all__ = ["ANY", "Variant", "choose", "make_variant", "row_of", "scan_backward", "variant_for"]

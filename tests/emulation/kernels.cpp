@@ -7,6 +7,8 @@ using Arguments = BulkParams;
 using Arguments = PlaneParams;
 #elif defined(GSPN2_PLANES_BACKWARD)
 using Arguments = PlaneBackwardParams;
+#elif defined(GSPN2_SUM_PLANES)
+using Arguments = PlaneSums;
 #else
 using Arguments = Params;
 #endif
@@ -19,6 +21,8 @@ using Arguments = Params;
 #define KERNEL gspn2_planes
 #elif defined(GSPN2_PLANES_BACKWARD)
 #define KERNEL gspn2_planes_backward
+#elif defined(GSPN2_SUM_PLANES)
+#define KERNEL gspn2_sum_planes
 #elif defined(GSPN2_BULK_BACKWARD)
 #define KERNEL gspn2_bulk_backward
 #elif defined(GSPN2_BACKWARD)
@@ -34,7 +38,7 @@ extern "C" int run(const Arguments* params, int grid, int block_x, int block_y, 
     return error.empty() ? 0 : 1;
 }
 
-#if !defined(GSPN2_SUM_PARTIALS)
+#if !defined(GSPN2_SUM_PARTIALS) && !defined(GSPN2_SUM_PLANES)
 // The kernels' own count of the shared memory that a block needs.
 extern "C" int needed_shared_bytes(int positions, int stages) {
 #if defined(GSPN2_FORWARD)
