@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from gspn2_diffusion.ops import cuda, eager, planes
+from gspn2_diffusion.ops import cuda, eager, planes, planes_backward
 from gspn2_diffusion.ops.cuda import Device, Launch, Work
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
@@ -514,9 +514,12 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         B, H, W, D, G, K = SHAPES[name]
         layout = planes.Layout(D, G, tuple(range(K)), K, True, G == 1)
         dtype = torch.float32 if size == 4 else torch.bfloat16
-        from_planes = planes.choose(planes.Work(B, H, W, layout, 0, size, False), DEVICES["h100"])
-        assert from_planes is not None
-        jobs.add(("90", planes.defines(from_planes, dtype, 1 + 2 * (G == 1) + 4, False)))
+        work, has = planes.Work(B, H, W, layout, 0, size, False), 1 + 2 * (G == 1) + 4
+        from_planes, gradients = planes.choose(work, DEVICES["h100"]), planes_backward.choose(work, DEVICES["h100"])
+        assert from_planes is not None and gradients is not None
+        jobs.add(("90", planes.defines(from_planes, dtype, has, False)))
+        jobs.add(("90", planes.defines(from_planes, dtype, has + 8 * (G == 1), False)))
+        jobs.add(("90", planes_backward.defines(gradients, dtype, has, False)))
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 

@@ -6,8 +6,10 @@ import torch
 from gspn2_diffusion import GSPN2Config
 from gspn2_diffusion.layers import GSPN2Layer, scan_layer
 from gspn2_diffusion.ops import cuda, gspn2_scan_planes
+from gspn2_diffusion.ops import scan as scan_module
 
-from ..scan_cases import Case, assert_close, make_features, planes_options
+from ..scan_cases import NAMES, Case, assert_close, make_features, planes_options
+from ..test_planes import _operands, layout_of
 from .test_scan_gpu import HALF, TYPES, _poison_outputs, seeded  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -69,26 +71,120 @@ def test_matches_float64(case, types, dtype, launched):
     assert len(launched) == 1 and launched[0].removeprefix("gspn2_") in expected.split("|")
 
 
+def random_case(choice) -> Case:
+    D = choice.choice((1, 3, 8, 12, 20, 40))
+    case = Case(
+        choice.choice((1, 1, 2)),
+        choice.randint(1, 150),
+        8 * choice.randint(1, 20),
+        D,
+        choice.choice([g for g in (1, 2, D) if D % g == 0]),
+        tuple(choice.sample(("right", "left", "down", "up"), choice.randint(1, 4))),
+        choice.choice(("sigmoid", "softmax")),
+        choice.choice((None, None, 16, 32, 5)),
+        choice.choice(("concat", "sum")),
+        choice.choice(("each", "shared", "lam", "none")),
+    )
+    print(case)
+    return case
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_random_shapes(part):
     """64 shapes, types and options; those that the kernel does not have take gspn2_scan."""
     _, choice = seeded(part)
     for n in range(8):
-        D = choice.choice((1, 3, 8, 12, 20, 40))
-        case = Case(
-            choice.choice((1, 1, 2)),
-            choice.randint(1, 150),
-            8 * choice.randint(1, 20),
-            D,
-            choice.choice([g for g in (1, 2, D) if D % g == 0]),
-            tuple(choice.sample(("right", "left", "down", "up"), choice.randint(1, 4))),
-            choice.choice(("sigmoid", "softmax")),
-            choice.choice((None, None, 16, 32, 5)),
-            choice.choice(("concat", "sum")),
-            choice.choice(("each", "shared", "lam", "none")),
-        )
-        print(case)
-        check(case, choice.choice(TYPES), seed=n)
+        check(random_case(choice), choice.choice(TYPES), seed=n)
+
+
+# Each row of the backward's table, with clusters and without, and shapes that it has no row for.
+GRADIENTS = [
+    (Case(2, 32, 32, 160), HALF),
+    (Case(1, 17, 32, 7), HALF),
+    (Case(2, 64, 64, 80), HALF),
+    (Case(1, 57, 64, 24, 2, gates="shared"), HALF),
+    (Case(1, 72, 88, 10, merge="sum"), HALF),
+    (Case(1, 128, 128, 40), HALF),
+    (Case(1, 100, 120, 12, 2), HALF),
+    (Case(2, 256, 256, 20, normalizer="softmax"), HALF),
+    (Case(1, 250, 96, 12, segment=32), HALF),
+    (Case(1, 90, 512, 9, decay=True), HALF),
+    (Case(1, 1000, 152, 8), HALF),
+    (Case(1, 24, 2048, 5, gates="none"), HALF),
+    (Case(1, 24, 1400, 5, gates="none", merge="sum"), HALF),
+    (Case(1, 700, 96, 8, 8, ("right", "up"), gates="lam"), TYPES),
+    (Case(1, 130, 132, 4, 4, ("left", "down"), gates="lam"), TYPES[:1]),
+    (Case(1, 64, 60, 8), ()),
+]
+
+
+@torch.no_grad()
+def check_gradients(case: Case, dtype: torch.dtype, seed: int = 0) -> None:
+    features, bias = make_features(case, dtype, seed, "cuda")
+    y, state = scan_module._scan_planes_saving(*_operands(features, bias, case))
+    saved = state if case.gates in ("each", "shared") or case.merge == "sum" else y
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y)
+    got = torch.ops.gspn2.scan_planes_backward(grad_y, saved, *_operands(features, bias, case))
+    # From the same state: what that loses in the storage type is most of the logits' gradients' error.
+    exact = [t.double().cpu() for t in (grad_y, saved, features, bias)]
+    expected = torch.ops.gspn2.scan_planes_backward(*exact[:2], *_operands(*exact[2:], case))
+    assert got.dtype == dtype and got.shape == features.shape
+    sizes = layout_of(case).sizes
+    sizes = (*sizes, len(got) - sum(sizes))
+    for name, a, b in zip((*NAMES, "padding"), got.split(sizes), expected.split(sizes), strict=True):
+        assert_close(f"d_{name}", a, b)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("case", "types"), GRADIENTS, ids=[str(case) for case, _ in GRADIENTS])
+def test_gradients_match_float64(case, types, dtype, launched):
+    check_gradients(case, dtype)
+    boxes = cuda.device_limits(0).boxes and dtype in types
+    assert ("gspn2_planes_backward" in launched) == boxes, launched
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_gradients_of_random_shapes(part):
+    """64 shapes, types and options; those that the kernel does not have take gspn2_scan's."""
+    _, choice = seeded(100 + part)
+    for n in range(8):
+        check_gradients(random_case(choice), choice.choice(TYPES), seed=n)
+
+
+@pytest.mark.parametrize("case", [GRADIENTS[n][0] for n in (2, 7, 13)], ids=str)
+def test_autograd_gives_the_same_bits_every_time(case, launched):
+    features, bias = (t.requires_grad_() for t in make_features(case, torch.bfloat16, device="cuda"))
+
+    def run() -> tuple[torch.Tensor, ...]:
+        y = gspn2_scan_planes(features, bias, **planes_options(case))
+        return torch.autograd.grad(y.float().square().sum(), (features, bias))
+
+    first = run()
+    if cuda.device_limits(0).boxes:
+        assert launched[:2] == ["gspn2_planes", "gspn2_planes_backward"]
+    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_the_layer_trains_the_same_either_way(compiled, autocast, monkeypatch, launched):
+    layer = GSPN2Layer(64, 64, GSPN2Config(init="random", proxy_dim=24))
+    layer = layer.to("cuda", torch.float32 if autocast else torch.bfloat16)
+    torch.nn.init.normal_(layer.scan_in.bias)
+    tokens = torch.randn(2, 40 * 48, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 40 * 48, 64, device="cuda", dtype=torch.bfloat16)
+
+    def run(forward) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            y = forward(tokens, 40, 48)
+        return torch.autograd.grad(y, [tokens, *layer.parameters()], grad)
+
+    got = run(torch.compile(layer, fullgraph=True) if compiled else layer)
+    if cuda.device_limits(0).boxes:
+        assert [name for name in launched if "sum" not in name] == ["gspn2_planes", "gspn2_planes_backward"]
+    monkeypatch.setattr(scan_layer, "scans_planes", lambda *_, **__: False)
+    for n, (a, b) in enumerate(zip(got, run(layer), strict=True)):
+        assert_close(f"gradient {n}", a, b, 0.05)
 
 
 @pytest.mark.parametrize("case", [CASES[2][0], CASES[7][0]], ids=str)
