@@ -463,6 +463,17 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
     const T* const bias = global_memory(static_cast<const T*>(planes.bias));
     const int warps = wanted < R::SLOTS * R::TASKS ? wanted : R::SLOTS * R::TASKS;
     if (thread / 32 >= warps) return;
+    const auto begin = [&](const View& view, long long plane) {
+        const long long first = VERTICAL ? at.start : static_cast<long long>(at.start) * p.width;
+        return global_memory(static_cast<T*>(view.data)) + at.batch * view.batch + at.index * view.direction + plane * view.group + first;
+    };
+    T* const grad_logits = begin(p.grad_logits, 3 * group) + at.slice % p.parts * p.part_stride;
+    [[maybe_unused]] T *grad_x = nullptr, *grad_lam = nullptr, *grad_u = nullptr;  // that lanes write
+    if constexpr (VERTICAL) {
+        grad_x = begin(p.grad_x, slice);
+        if constexpr (R::LAM) grad_lam = begin(p.grad_lam, slice);
+        if constexpr (R::U) grad_u = begin(p.grad_u, slice);
+    }
     T bias_x[EACH] = {}, bias_lam[EACH] = {};
     const auto read_bias = [&](int first) {
         if constexpr (R::BIAS && R::LAM) {
@@ -536,20 +547,12 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                 of_next[t] = box_before + R::H_AT + offset(R::H_SPAN, taken, place_of(chunk_before)) + (ASCENDING ? 0 : 16 - R::SIZE);
             }
         }
-        // In memory a vector is part of a row.
-        const long long position_in_plane = static_cast<long long>(at.start + position);
-        const auto pixel = [&](const View& view) {
-            return at.batch * view.batch + (VERTICAL ? line * view.row + position_in_plane : position_in_plane * view.row + line) + at.index * view.direction;
-        };
+        // In memory a vector is part of a row; gradients' rows follow one another.
+        const int pixel = VERTICAL ? line * p.width + position : position * p.width + line;
         const int first = set * EACH;
         if constexpr (R::SETS > 1) read_bias(first);
-        T *to_x = nullptr, *to_lam = nullptr, *to_u = nullptr;
-        if constexpr (VERTICAL) {
-            const auto to = [&](const View& view) { return global_memory(static_cast<T*>(view.data)) + pixel(view) + (slice + first) * view.group; };
-            to_x = to(p.grad_x);
-            if constexpr (R::LAM) to_lam = to(p.grad_lam);
-            if constexpr (R::U) to_u = to(p.grad_u);
-        }
+        [[maybe_unused]] T *to_x = grad_x + pixel, *to_lam = grad_lam + pixel, *to_u = grad_u + pixel;
+        if constexpr (R::SETS > 1) to_x += first * p.grad_x.group, to_lam += first * p.grad_lam.group, to_u += first * p.grad_u.group;
         float sum[3][PART] = {};
 #pragma unroll
         for (int c = 0; c < EACH; ++c) {
@@ -643,11 +646,10 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
 #pragma unroll
             for (int t = 0; t < 3; ++t) sum[t][e] = four[t] * (1.f - four[t] * four[3]) * (sum[t][e] - mean);
         }
-        const View& view = p.grad_logits;
-        T* to = global_memory(static_cast<T*>(view.data)) + pixel(view) + static_cast<long long>(group + set) * 3 * view.group +
-                at.slice % p.parts * p.part_stride;
+        T* to = grad_logits + pixel;
+        if constexpr (R::SETS > 1) to += static_cast<long long>(3 * set) * p.grad_logits.group;
 #pragma unroll
-        for (int t = 0; t < 3; ++t, to += view.group) store_if<T, PART>(active, to, sum[t]);
+        for (int t = 0; t < 3; ++t, to += p.grad_logits.group) store_if<T, PART>(active, to, sum[t]);
         engine_fence();
         warp_arrives(R::used(slot));
         if (threadIdx.x % 32 < WARP_ARRIVALS) {
