@@ -5,7 +5,9 @@
 The table's variant and `--most` others, taken at random (`--seed`) from all that a block can have, are compiled in
 several processes first (CuPy keeps the binaries; those that spill registers are left out), compared with float64 and
 timed as CUDA graphs over rotated inputs. Prints the five fastest of each shape and writes planes.jsonl, a line for each
-variant. Needs a GPU of compute capability 9.0; `--list` does not.
+variant. `--backward` does so for the gradients, of which each other variant differs from the table's, or from the
+fastest of an earlier run (`--start` its planes.jsonl), in one to three choices. Needs a GPU of compute capability 9.0;
+`--list` does not.
 """
 
 import argparse
@@ -22,14 +24,16 @@ from scan import (
     SHAPES,
     Shape,
     Timer,
+    backward_operands,
     copy_bandwidth,
+    error_of_backward,
     error_of_planes,
     floor_bytes,
     make_features,
     scan_features,
 )
 
-from gspn2_diffusion.ops import cuda, planes
+from gspn2_diffusion.ops import cuda, planes, planes_backward
 
 H100 = cuda.Device((9, 0), 132, 232448, True)
 NAMES = [name for name in SHAPES if name not in ("tiny", "wide-72x128")]
@@ -37,7 +41,22 @@ WRONG = 0.02  # of the largest value
 MOST_THREADS = 512  # beyond, most spill
 LEAST_SHARE, MOST_SHARE = 32, 136  # positions
 TRIES = 20_000
-Job = tuple[planes.Variant, torch.dtype, int]
+Variant = planes.Variant | planes_backward.Variant
+Job = tuple[Variant, torch.dtype, int]
+# What a variant of the backward may have.
+CHOICES: dict[str, tuple] = dict(
+    width=(1, 2, 3, 4, 5, 6, 7, 8, 10),
+    cluster=(1, 2, 4, 8, 16),
+    lines=((16, 4), (16, 8), (16, 16), (32, 8), (32, 16), (8, 8)),
+    places=((1, 1), (2, 2), (2, 4), (3, 4), (4, 4), (5, 4), (3, 8), (5, 8), (6, 8)),
+    units=((8, 4), (8, 2), (4, 4), (4, 2), (2, 1)),
+    workers=(2, 3, 4, 6, 8),
+    normalizers=(2, 3, 4, 5, 6, 8),
+    slots=(2, 3, 4),
+    halo=(8, 16),
+    promotion=(0, 1, 2, 3),
+    most_stages=(2, 3, 8),
+)
 
 
 def work_of(shape: Shape, dtype: torch.dtype) -> planes.Work:
@@ -78,12 +97,43 @@ def variants(work: planes.Work, most: int, seed: int) -> list[planes.Variant]:
     return list(found)
 
 
+def backward_variants(
+    work: planes.Work, most: int, seed: int, start: planes_backward.Variant | None
+) -> list[planes_backward.Variant]:
+    """The table's first, if it has one, and `start`."""
+    draw = random.Random(seed)
+    table = planes_backward.choose(work, H100)
+    found: dict[planes_backward.Variant, None] = dict.fromkeys(v for v in (table, start) if v is not None)
+    base = start or table
+    if base is None:
+        return []
+    known = {name: getattr(base, name) for name in CHOICES if name != "most_stages"} | dict(most_stages=8)
+    for _ in range(TRIES):
+        if len(found) > most:
+            break
+        changed = {name: draw.choice(CHOICES[name]) for name in draw.sample(list(CHOICES), draw.randint(1, 3))}
+        v = planes_backward.make_variant(work, **(known | changed))
+        if v is None or v.threads > MOST_THREADS or v.grid < 60 or max(v.shares[n] for n in work.ways) > MOST_SHARE:
+            continue
+        if v.cluster == 1 or work.longest >= v.cluster * LEAST_SHARE:
+            found[v] = None
+    return list(found)
+
+
+def options_of(job: Job) -> tuple[str, ...]:
+    variant, dtype, has = job
+    if isinstance(variant, planes_backward.Variant):
+        return planes_backward.defines(variant, dtype, has, False)
+    return planes.defines(variant, dtype, has, False)
+
+
 def compile_one(job: Job) -> int:
     """Bytes of registers that it spills."""
     import cupy
 
-    options = ("-std=c++17", *planes.defines(*job, False))
-    return cupy.RawModule(code=cuda.kernel_source(), options=options).get_function("gspn2_planes").local_size_bytes
+    name = "gspn2_planes_backward" if isinstance(job[0], planes_backward.Variant) else "gspn2_planes"
+    module = cupy.RawModule(code=cuda.kernel_source(), options=("-std=c++17", *options_of(job)))
+    return module.get_function(name).local_size_bytes
 
 
 def measure(name: str, dtype: torch.dtype, chosen: list[planes.Variant], timer: Timer) -> list[dict]:
@@ -104,8 +154,39 @@ def measure(name: str, dtype: torch.dtype, chosen: list[planes.Variant], timer: 
     return sorted(rows, key=lambda row: row["us"])
 
 
-def shown(v: planes.Variant) -> str:
-    names = ("width", "cluster", "lines", "places", "units", "stages", "normalizers", "halo", "grid", "threads")
+def measure_backward(name: str, dtype: torch.dtype, chosen: list[Variant], timer: Timer) -> list[dict]:
+    """Fastest first."""
+    shape = SHAPES[name]
+    features = make_features(shape, dtype, timer.device)
+    given = backward_operands(*features, shape)
+    rows, table = [], planes_backward.choose
+    try:
+        for variant in chosen:
+            planes_backward.choose = lambda _work, _device, variant=variant: variant
+            row = dict(shape=name, backward=True, variant=list(variant))
+            row["error"] = error_of_backward(*features, shape)
+            rows.append(row | dict(us=timer(lambda _: torch.ops.gspn2.scan_planes_backward(*given)) * 1e6))
+    finally:
+        planes_backward.choose = table
+    return sorted(rows, key=lambda row: row["us"])
+
+
+def shown(v: Variant) -> str:
+    names = [
+        "width",
+        "cluster",
+        "lines",
+        "places",
+        "units",
+        "stages",
+        "normalizers",
+        "halo",
+        "promotion",
+        "grid",
+        "threads",
+    ]
+    if isinstance(v, planes_backward.Variant):
+        names += ["workers", "slots", "parts"]
     return " ".join(f"{name} {getattr(v, name)}" for name in names) + f" {v.shared >> 10} KB"
 
 
@@ -118,9 +199,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile")
     parser.add_argument("--list", action="store_true", help="only say which there are; needs no GPU")
+    parser.add_argument("--backward", action="store_true", help="the gradients'")
+    parser.add_argument("--start", type=Path, help="planes.jsonl of an earlier --backward, from whose fastest to go on")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype]
-    chosen = {name: variants(work_of(SHAPES[name], dtype), args.most, args.seed) for name in args.shapes}
+    kind = planes_backward.Variant if args.backward else planes.Variant
+    chosen: dict[str, list[Variant]] = {}
+    for name in args.shapes:
+        work = work_of(SHAPES[name], dtype)
+        if args.backward:
+            rows = [json.loads(line) for line in args.start.read_text().splitlines()] if args.start else []
+            rows = sorted((row for row in rows if row["shape"] == name and row["error"] < WRONG), key=lambda r: r["us"])
+            start = kind(*(tuple(n) if isinstance(n, list) else n for n in rows[0]["variant"])) if rows else None
+            chosen[name] = [*backward_variants(work, args.most, args.seed, start)]
+        else:
+            chosen[name] = [*variants(work, args.most, args.seed)]
     if args.list:
         for name in args.shapes:
             print("\n".join(f"{name} {shown(v)}" for v in chosen[name]))
@@ -136,17 +229,16 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s")
     with (args.out / "planes.jsonl").open("w") as file:
         for name in args.shapes:
-            rows = measure(name, dtype, [v for v in chosen[name] if v not in spilling], timer)
-            floor = floor_bytes(SHAPES[name], dtype, False) / bandwidth * 1e6
+            timed = measure_backward if args.backward else measure
+            rows = timed(name, dtype, [v for v in chosen[name] if v not in spilling], timer)
+            floor = floor_bytes(SHAPES[name], dtype, args.backward) / bandwidth * 1e6
             print(f"\n{name} {args.dtype}: floor {floor:.1f} us, {len(rows)} variants", flush=True)
             for row in rows:
                 file.write(json.dumps(row) + "\n")
             table = [row for row in rows if row["variant"] == list(chosen[name][0])]
             for row in rows[:5] + [row for row in table if row not in rows[:5]]:
                 note = f"{row['error']:.0e}" if row["error"] < WRONG else f"WRONG by {row['error']:.2g}"
-                print(
-                    f"  {row['us']:8.1f} us {floor / row['us']:.2f}  {note}  {shown(planes.Variant(*row['variant']))}"
-                )
+                print(f"  {row['us']:8.1f} us {floor / row['us']:.2f}  {note}  {shown(kind(*row['variant']))}")
             torch.cuda.empty_cache()
 
 

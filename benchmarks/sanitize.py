@@ -76,6 +76,8 @@ def planes_work() -> None:
             directions = ("right", "left", "down", "up")[:K]
             options = dict(channels=D, groups=G, output_gate=gated, directions=directions, segment=segment, merge=merge)
             gspn2_scan_planes(features, bias, **options)
+            y = gspn2_scan_planes(features.requires_grad_(), bias, **options)
+            torch.autograd.grad(y, features, torch.rand(y.shape, dtype=dtype).cuda())
             torch.cuda.synchronize()
 
 
