@@ -42,7 +42,7 @@ struct BackwardPlaneRing {
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
     static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;
-    static constexpr int TASK_LANES = CHUNK * SHARE / PART, TASKS_OF_SET = (TASK_LANES + 31) / 32, TASKS = SETS * TASKS_OF_SET;  // of a chunk
+    static constexpr int TASK_LANES = CHUNK * SHARE / PART, TASKS = (TASK_LANES + 31) / 32;  // of a chunk
     static_assert(SETS == 1 || SETS == WIDTH, "one for all channels or for each");
     static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
     static_assert(PER_CHANNEL <= 32 && SPAN % 8 == 0 && SPAN % PLACES == 0, "a channel stays within a warp");
@@ -454,7 +454,7 @@ template <bool ASCENDING, typename R>
 GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place& at, int thread, int wanted) {
     using T = typename R::Type;
     constexpr bool VERTICAL = R::VERTICAL;
-    constexpr int CHUNK = R::CHUNK, PART = R::PART, EACH = R::WIDTH / R::SETS;
+    constexpr int CHUNK = R::CHUNK, PART = R::PART, WIDTH = R::WIDTH;
     using Vector = Words<T, PART>;
     const Params& p = planes.scan;
     const BackwardLines lines(at, p);
@@ -474,17 +474,14 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         if constexpr (R::LAM) grad_lam = begin(p.grad_lam, slice);
         if constexpr (R::U) grad_u = begin(p.grad_u, slice);
     }
-    T bias_x[EACH] = {}, bias_lam[EACH] = {};
-    const auto read_bias = [&](int first) {
-        if constexpr (R::BIAS && R::LAM) {
+    T bias_x[WIDTH] = {}, bias_lam[WIDTH] = {};
+    if constexpr (R::BIAS && R::LAM) {
 #pragma unroll
-            for (int c = 0; c < EACH; ++c) {
-                const int channel = slice + first + c < p.channels ? slice + first + c : p.channels - 1;
-                bias_x[c] = bias[channel], bias_lam[c] = bias[planes.lam + at.index * planes.gates + channel];
-            }
+        for (int c = 0; c < WIDTH; ++c) {
+            const int channel = slice + (c < count ? c : 0);
+            bias_x[c] = bias[channel], bias_lam[c] = bias[planes.lam + at.index * planes.gates + channel];
         }
-    };
-    if constexpr (R::SETS == 1) read_bias(0);
+    }
     // Of element e of a lane's vector.
     const auto weights_of = [&](float (&four)[4], int slot, int set, int s, int position, int e) {
         const int line = VERTICAL ? s : ASCENDING ? e : CHUNK - 1 - e, at_position = R::LOW + position + (VERTICAL ? e : 0);
@@ -497,7 +494,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         }
     };
     for (int task = thread / 32; task < chunks * R::TASKS; task += warps) {
-        const int n = task / R::TASKS, rest = task % R::TASKS, set = rest / R::TASKS_OF_SET, unit = rest % R::TASKS_OF_SET * 32 + lane;
+        const int n = task / R::TASKS, unit = task % R::TASKS * 32 + lane;
         const int slot = n % R::SLOTS, batch = n / R::CHUNKS, stage = batch % R::STAGES, chunk = n % R::CHUNKS;
         // Whose h is the line before's: of the scan's first line nobody's.
         const bool ends = n + 1 == chunks, crosses = chunk == R::CHUNKS - 1;
@@ -510,8 +507,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         const int position = VERTICAL ? clipped % VECTORS * PART : clipped, s = VERTICAL ? clipped / VECTORS : 0;
         const auto row_of = [&](int c, int t) { return place_of(c) * CHUNK + (ASCENDING ? t : CHUNK - 1 - t); };
         const int row = VERTICAL ? row_of(chunk, s) : place * CHUNK, line = box_line + row;
-        bool active = unit < R::TASK_LANES && position < at.owned && line < lines.high;
-        if constexpr (R::SETS > 1) active = active && set < count;
+        const bool active = unit < R::TASK_LANES && position < at.owned && line < lines.high;
 
         signal_wait(R::scanned(slot), n / R::SLOTS & 1);
         signal_wait(R::full(stage), batch / R::STAGES & 1);  // implied, but for what the engine wrote
@@ -549,16 +545,27 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         }
         // In memory a vector is part of a row; gradients' rows follow one another.
         const int pixel = VERTICAL ? line * p.width + position : position * p.width + line;
-        const int first = set * EACH;
-        if constexpr (R::SETS > 1) read_bias(first);
         [[maybe_unused]] T *to_x = grad_x + pixel, *to_lam = grad_lam + pixel, *to_u = grad_u + pixel;
-        if constexpr (R::SETS > 1) to_x += first * p.grad_x.group, to_lam += first * p.grad_lam.group, to_u += first * p.grad_u.group;
+        T* to_logits = grad_logits + pixel;
         float sum[3][PART] = {};
+        // Through the normaliser to memory.
+        const auto finish = [&](int set) {
 #pragma unroll
-        for (int c = 0; c < EACH; ++c) {
-            if (first + c >= count) break;
+            for (int e = 0; e < PART; ++e) {
+                float four[4];
+                weights_of(four, slot, set, s, position, e);
+                const float mean = four[0] * sum[0][e] + four[1] * sum[1][e] + four[2] * sum[2][e];
+#pragma unroll
+                for (int t = 0; t < 3; ++t) sum[t][e] = VERTICAL && none ? 0.f : four[t] * (1.f - four[t] * four[3]) * (sum[t][e] - mean);
+            }
+#pragma unroll
+            for (int t = 0; t < 3; ++t, to_logits += p.grad_logits.group) store_if<T, PART>(active, to_logits, sum[t]);
+        };
+#pragma unroll
+        for (int c = 0; c < WIDTH; ++c) {
+            if (c >= count) break;
             // From one channel's plane of a box to another's.
-            const auto plane = [&](int span) { return (R::SETS > 1 ? first : c) * R::LINES * span * R::SIZE; };
+            const auto plane = [&](int span) { return c * R::LINES * span * R::SIZE; };
             Vector g, dy, h, x, lam;
             g.load(of_span + R::G_AT + plane(R::SPAN));
             h.load(of_h + R::H_AT + plane(R::H_SPAN));
@@ -605,7 +612,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                 float passed = g.get(e);
                 if constexpr (R::DECAY) {
                     float four[4], carried = 0.f;
-                    weights_of(four, slot, set, s, position, e);
+                    weights_of(four, slot, R::SETS > 1 ? c : 0, s, position, e);
 #pragma unroll
                     for (int t = 0; t < 3; ++t) carried += four[t] * before[t][e];
                     mixed[e] = (x.get(e) - (VERTICAL && none ? 0.f : carried)) * passed;
@@ -629,27 +636,16 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                 if constexpr (R::LAM) dlam.store(of_lam + R::LAM_AT + plane(R::LAM_SPAN));
                 if constexpr (R::U) du.store(of_span + R::DY_AT + plane(R::SPAN));
             }
-        }
-        if (VERTICAL && none) {
+            if constexpr (R::SETS > 1) {
+                finish(c);
 #pragma unroll
-            for (int t = 0; t < 3; ++t) {
+                for (int t = 0; t < 3; ++t) {
 #pragma unroll
-                for (int e = 0; e < PART; ++e) sum[t][e] = 0.f;
+                    for (int e = 0; e < PART; ++e) sum[t][e] = 0.f;
+                }
             }
         }
-        // Through the normaliser.
-#pragma unroll
-        for (int e = 0; e < PART; ++e) {
-            float four[4];
-            weights_of(four, slot, set, s, position, e);
-            const float mean = four[0] * sum[0][e] + four[1] * sum[1][e] + four[2] * sum[2][e];
-#pragma unroll
-            for (int t = 0; t < 3; ++t) sum[t][e] = four[t] * (1.f - four[t] * four[3]) * (sum[t][e] - mean);
-        }
-        T* to = grad_logits + pixel;
-        if constexpr (R::SETS > 1) to += static_cast<long long>(3 * set) * p.grad_logits.group;
-#pragma unroll
-        for (int t = 0; t < 3; ++t, to += p.grad_logits.group) store_if<T, PART>(active, to, sum[t]);
+        if constexpr (R::SETS == 1) finish(0);
         engine_fence();
         warp_arrives(R::used(slot));
         if (threadIdx.x % 32 < WARP_ARRIVALS) {
