@@ -28,6 +28,7 @@ from scan import (
     copy_bandwidth,
     error_of_backward,
     error_of_planes,
+    exact_backward,
     floor_bytes,
     make_features,
     scan_features,
@@ -158,13 +159,13 @@ def measure_backward(name: str, dtype: torch.dtype, chosen: list[Variant], timer
     """Fastest first."""
     shape = SHAPES[name]
     features = make_features(shape, dtype, timer.device)
-    given = backward_operands(*features, shape)
+    given, exact = backward_operands(*features, shape), exact_backward(*features, shape)
     rows, table = [], planes_backward.choose
     try:
         for variant in chosen:
             planes_backward.choose = lambda _work, _device, variant=variant: variant
             row = dict(shape=name, backward=True, variant=list(variant))
-            row["error"] = error_of_backward(*features, shape)
+            row["error"] = error_of_backward(*exact, shape)
             rows.append(row | dict(us=timer(lambda _: torch.ops.gspn2.scan_planes_backward(*given)) * 1e6))
     finally:
         planes_backward.choose = table

@@ -212,17 +212,25 @@ def backward_operands(features: torch.Tensor, bias: torch.Tensor | None, shape: 
     return (torch.randn_like(y), state if shape.output_gate else y, *given)
 
 
-def error_of_backward(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> float:
-    """Of the first image's gradients against float64's from the same state, each relative to its largest."""
+def exact_backward(
+    features: torch.Tensor, bias: torch.Tensor | None, shape: Shape
+) -> tuple[tuple, tuple[torch.Tensor, ...]]:
+    """Operands for the first image, and float64's gradients from the same state, part by part."""
     grad_y, state, image, *_ = given = backward_operands(features[:, :1].contiguous(), bias, shape)
-    got = torch.ops.gspn2.scan_planes_backward(*given)
     exact = (grad_y.double(), state.double(), image.double(), None if bias is None else bias.double(), *given[4:])
-    K, expected = len(shape.directions), torch.ops.gspn2.scan_planes_backward(*exact)
+    return given, gradient_parts(torch.ops.gspn2.scan_planes_backward(*exact).float(), shape)
+
+
+def gradient_parts(grad: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, ...]:
+    K = len(shape.directions)
     sizes = [shape.D, K * shape.D, K * shape.D * shape.output_gate, 3 * K * shape.G]
-    pairs = zip(
-        got.split([*sizes, len(got) - sum(sizes)]), expected.split([*sizes, len(got) - sum(sizes)]), strict=True
-    )
-    return max(largest_error(a, b) for a, b in list(pairs)[:4] if len(a))
+    return grad.split([*sizes, len(grad) - sum(sizes)])
+
+
+def error_of_backward(given: tuple, expected: tuple[torch.Tensor, ...], shape: Shape) -> float:
+    """Each part's relative to its largest value."""
+    got = gradient_parts(torch.ops.gspn2.scan_planes_backward(*given), shape)
+    return max(largest_error(a.float(), b) for a, b in list(zip(got, expected, strict=True))[:4] if len(a))
 
 
 def python_us(work: Callable[[], object]) -> float:
@@ -285,7 +293,7 @@ def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare:
             featured = make_features(shape, dtype, device)
             given = backward_operands(*featured, shape)
             row["us"] = row["planes_us"] = timer(lambda _: torch.ops.gspn2.scan_planes_backward(*given)) * 1e6
-            row["error"] = error_of_backward(*featured, shape)
+            row["error"] = error_of_backward(*exact_backward(*featured, shape), shape)
         rows.append(
             row | dict(floor_us=bytes_moved / bandwidth * 1e6, fraction=bytes_moved / bandwidth / row["us"] * 1e6)
         )
