@@ -215,13 +215,14 @@ ROWS = (
 CLUSTERS = (1, 2, 4, 8, 16)
 
 
-def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
-    """The row of the table for maps of these sides, None where channels last are to be scanned. Boxes begin with the
-    map: where one began before it, an H100 stopped with an illegal instruction."""
+def row_of(height: int, width: int, channels: int, groups: int, size: int, any_channels: bool = False) -> Row | None:
+    """The row of the table for maps of these sides, None where channels last are to be scanned; `any_channels`: where
+    more of them than were faster do not matter. Boxes begin with the map: where one began before it, an H100 stopped
+    with an illegal instruction."""
     longest = max(height, width)
     own = groups == channels > 1
     for row in ROWS:
-        fits = row.shortest <= longest <= row.longest and channels <= row.channels
+        fits = row.shortest <= longest <= row.longest and (any_channels or channels <= row.channels)
         if fits and (row.own, row.size) == (own, size) and width % row.lines[0] == 0:
             return row
     return None
@@ -229,9 +230,9 @@ def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Ro
 
 @lru_cache(4096)
 def choose(work: Work, device: Device) -> Variant | None:
-    """The variant for `work`, None where channels last are to be scanned."""
+    """The variant for `work`, whose features come first already; None where there is none."""
     D, G = work.layout.D, work.layout.G
-    row = row_of(work.H, work.W, D, G, work.size) if device.boxes else None
+    row = row_of(work.H, work.W, D, G, work.size, any_channels=True) if device.boxes else None
     if row is None:
         return None
     cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
