@@ -5,9 +5,9 @@
 The table's variant and `--most` others, taken at random (`--seed`) from all that a block can have, are compiled in
 several processes first (CuPy keeps the binaries; those that spill registers are left out), compared with float64 and
 timed as CUDA graphs over rotated inputs. Prints the five fastest of each shape and writes planes.jsonl, a line for each
-variant. `--backward` does so for the gradients, of which each other variant differs from the table's, or from the
-fastest of an earlier run (`--start` its planes.jsonl), in one to three choices. Needs a GPU of compute capability 9.0;
-`--list` does not.
+variant. `--backward` does so for the gradients, of which each other variant differs from a row of their table, or from
+the fastest of an earlier run (`--start` its planes.jsonl), in up to three choices. Needs a GPU of compute capability
+9.0; `--list` does not.
 """
 
 import argparse
@@ -105,15 +105,18 @@ def backward_variants(
     draw = random.Random(seed)
     table = planes_backward.choose(work, H100)
     found: dict[planes_backward.Variant, None] = dict.fromkeys(v for v in (table, start) if v is not None)
-    base = start or table
-    if base is None:
-        return []
-    known = {name: getattr(base, name) for name in CHOICES if name != "most_stages"} | dict(most_stages=8)
+    bases = [{name: getattr(v, name) for name in CHOICES if name != "most_stages"} for v in found]
+    if start is None:  # else all are near it
+        kind = (work.layout.G == work.layout.D > 1, work.size)
+        rows = [row for row in planes_backward.ROWS if (row.own, row.size) == kind]
+        bases += [planes_backward.choices(row, work) for row in rows]
+    else:
+        bases = bases[-1:]
     for _ in range(TRIES):
         if len(found) > most:
             break
-        changed = {name: draw.choice(CHOICES[name]) for name in draw.sample(list(CHOICES), draw.randint(1, 3))}
-        v = planes_backward.make_variant(work, **(known | changed))
+        changed = {name: draw.choice(CHOICES[name]) for name in draw.sample(list(CHOICES), draw.randint(0, 3))}
+        v = planes_backward.make_variant(work, **(draw.choice(bases) | changed))
         if v is None or v.threads > MOST_THREADS or v.grid < 60 or max(v.shares[n] for n in work.ways) > MOST_SHARE:
             continue
         if v.cluster == 1 or work.longest >= v.cluster * LEAST_SHARE:

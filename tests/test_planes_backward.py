@@ -132,6 +132,7 @@ TABLE = [
     (Case(1, 57, 16, 3, directions=("left", "down")), FP16),
     (Case(1, 9, 104, 3, directions=("left", "down")), BF16),
     (Case(1, 9, 136, 7, directions=("left", "up")), BF16),
+    (Case(1, 9, 136, 11, directions=("down",)), BF16),
     (Case(1, 260, 16, 2, directions=("right", "down")), FP16),
     (Case(1, 130, 16, 2, 2, ("right",), gates="lam"), FP16),
     (Case(1, 130, 12, 2, 2, ("left",), gates="lam"), FP32),

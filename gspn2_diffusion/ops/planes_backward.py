@@ -6,7 +6,7 @@
 import struct
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -144,6 +144,7 @@ class Row(NamedTuple):
 
     shortest: int  # positions of a line
     longest: int
+    channels: int  # that D has at most
     own: bool  # whether each channel has weights of its own
     size: int  # bytes of an element
     share: int  # positions of a block at most, halos not included, where clusters may be large enough for that
@@ -158,22 +159,28 @@ class Row(NamedTuple):
     promotion: int = 2
 
 
-# Drawn up without a GPU.
+# Drawn up without a GPU. The first that fits. A slice of all channels has no parts to be added.
 ROWS = (
-    Row(32, 40, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
-    Row(41, 96, False, 2, 96, 5, (16, 8), (3, 4), (4, 2), 4, 4),
-    Row(97, 128, False, 2, 64, 7, (16, 8), (4, 4), (8, 4), 4, 3, 8),
-    Row(129, 2048, False, 2, 64, 6, (16, 8), (3, 4), (8, 4), 4, 3),
-    Row(129, 2048, True, 2, 64, 2, (16, 8), (3, 4), (8, 4), 4, 6),
-    Row(129, 2048, True, 4, 64, 2, (8, 8), (3, 4), (4, 2), 4, 6),
+    Row(32, 40, ANY, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
+    Row(41, 96, ANY, False, 2, 96, 5, (16, 8), (3, 4), (4, 2), 4, 4),
+    Row(97, 128, ANY, False, 2, 64, 7, (16, 8), (4, 4), (8, 4), 4, 3, 8),
+    Row(129, 1280, 8, False, 2, 64, 8, (16, 8), (4, 4), (8, 4), 3, 3, 8, 2),
+    Row(129, 2048, ANY, False, 2, 64, 6, (16, 8), (3, 4), (8, 4), 4, 3),
+    Row(129, 2048, ANY, True, 2, 64, 2, (16, 8), (3, 4), (8, 4), 4, 6),
+    Row(129, 2048, ANY, True, 4, 64, 2, (8, 8), (3, 4), (4, 2), 4, 6),
 )
 
 
 def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
     """The row of the table for maps of these sides, None where channels last are to be scanned."""
     longest, own = max(height, width), groups == channels > 1
-    fits = (r for r in ROWS if r.shortest <= longest <= r.longest and (r.own, r.size) == (own, size))
-    return next(fits, None) if width * size % 16 == 0 else None
+    if width * size % 16:
+        return None
+    for row in ROWS:
+        fits = row.shortest <= longest <= row.longest and channels <= row.channels
+        if fits and (row.own, row.size) == (own, size):
+            return row
+    return None
 
 
 @lru_cache(4096)
@@ -183,17 +190,23 @@ def choose(work: Work, device: Device) -> Variant | None:
     row = row_of(work.H, work.W, D, work.layout.G, work.size) if device.boxes else None
     if row is None:
         return None
-    cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
+    options = choices(row, work) | dict(shared=device.shared)
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
-    if cluster == 1:
+    if options["cluster"] == 1:
         # As narrow as all blocks still run at once.
         blocks = work.B * len(work.layout.directions) * work.segments
         enough = [n for n in range(row.width, 0, -1) if blocks * -(-D // n) <= device.processors]
         widths = enough[-1:] + widths
-    chosen = (row.lines, row.places, row.units, row.workers, row.normalizers, row.slots, row.halo, row.promotion)
-    made = (make_variant(work, n, cluster, *chosen, device.shared) for n in dict.fromkeys(widths))
+    made = (make_variant(work, **(options | dict(width=n))) for n in dict.fromkeys(widths))
     return next((v for v in made if v is not None), None)
+
+
+def choices(row: Row, work: Work) -> dict[str, Any]:
+    """What `make_variant` takes."""
+    cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
+    names = ("width", "lines", "places", "units", "workers", "normalizers", "halo", "slots", "promotion")
+    return {name: getattr(row, name) for name in names} | dict(cluster=cluster)
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
