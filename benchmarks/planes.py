@@ -44,6 +44,12 @@ LEAST_SHARE, MOST_SHARE = 32, 136  # positions
 TRIES = 20_000
 Variant = planes.Variant | planes_backward.Variant
 Job = tuple[Variant, torch.dtype, int]
+# Where the search for the backward's begins, beside its table.
+OTHERS = (
+    planes_backward.Row(129, 2048, False, 2, 64, 6, (16, 8), (3, 4), (8, 4), 4, 3),
+    planes_backward.Row(97, 2048, False, 2, 64, 6, (16, 8), (5, 4), (8, 4), 4, 3, 8),
+    planes_backward.Row(129, 2048, True, 2, 64, 4, (16, 8), (5, 4), (8, 4), 4, 5, 8, 2),
+)
 # What a variant of the backward may have.
 CHOICES: dict[str, tuple] = dict(
     width=(1, 2, 3, 4, 5, 6, 7, 8, 10),
@@ -108,7 +114,7 @@ def backward_variants(
     bases = [{name: getattr(v, name) for name in CHOICES if name != "most_stages"} for v in found]
     if start is None:  # else all are near it
         kind = (work.layout.G == work.layout.D > 1, work.size)
-        rows = [row for row in planes_backward.ROWS if (row.own, row.size) == kind]
+        rows = [row for row in (*planes_backward.ROWS, *OTHERS) if (row.own, row.size) == kind]
         bases += [planes_backward.choices(row, work) for row in rows]
     else:
         bases = bases[-1:]

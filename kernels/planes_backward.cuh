@@ -268,7 +268,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
     using T = typename R::Type;
     constexpr bool VERTICAL = R::VERTICAL, DECAY = R::DECAY;
     constexpr int WIDTH = R::WIDTH, SETS = R::SETS, HALO = R::HALO, CLUSTER = R::CLUSTER;
-    constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, VECTORS = VERTICAL ? CHUNK : PLACES, LENGTH = VERTICAL ? PLACES : R::PART;
+    constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, VECTORS = VERTICAL ? CHUNK : PLACES;
     const Params& p = planes.scan;
     const int chunks = BackwardLines(at, p).batches(R::LINES) * R::CHUNKS;
     // Beyond its warp's channels a lane does again what the last of them does, but writes nothing.
@@ -284,6 +284,9 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         if constexpr (R::U) bias[0] = from[planes.u + gate];
         if constexpr (DECAY) bias[1] = from[planes.lam + gate];
     }
+    // Where registers are short, half of a chunk's lines of a position at a time.
+    constexpr bool HALVES = !VERTICAL && PLACES > 4;
+    constexpr int AT_ONCE = HALVES ? CHUNK / 2 : CHUNK;
     // As in planes.cuh.
     enum { FROM_LOW = 0, FROM_HIGH = 8, TO_LOW = 16, TO_HIGH = 24 };
     unsigned edges = 0;
@@ -322,14 +325,16 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         const auto at_vector = [&](int v) {
             return VERTICAL ? part[0] + (place * CHUNK + (ASCENDING ? v : CHUNK - 1 - v)) * R::SPAN * R::SIZE : part[VERTICAL ? 0 : v] ^ place * 16;
         };
-        const auto get = [&](const auto& from, int s, int k) { return VERTICAL ? from[s].get(k) : from[k].get(ASCENDING ? s : CHUNK - 1 - s); };
+        const auto get = [&](const auto& from, int s, int k) { return VERTICAL ? from[s].get(k) : from[k].get((ASCENDING ? s : CHUNK - 1 - s) % AT_ONCE); };
         if (chunk == 0) signal_wait(R::full(turn.stage), turn.parity);
         // Lines of their own are read one ahead: what is stored between them could be what is read next, for all that the compiler knows.
-        Words<T, LENGTH> dy[VECTORS], u[R::U ? VECTORS : 1], lam[DECAY ? VECTORS : 1];
-        const auto take = [&](int v) {
-            dy[v].load(box + R::DY_AT + at_vector(v));
-            if constexpr (R::U) u[v].load(box + R::U_AT + at_vector(v));
-            if constexpr (DECAY) lam[v].load(box + R::LAM_AT + at_vector(v));
+        using Taken = Words<T, VERTICAL ? PLACES : AT_ONCE>;
+        Taken dy[VECTORS], u[R::U ? VECTORS : 1], lam[DECAY ? VECTORS : 1];
+        const auto take = [&](int v, int half = ASCENDING ? 0 : 1) {
+            const unsigned char* const from = box + at_vector(v) + (HALVES ? 8 * half : 0);
+            dy[v].load(from + R::DY_AT);
+            if constexpr (R::U) u[v].load(from + R::U_AT);
+            if constexpr (DECAY) lam[v].load(from + R::LAM_AT);
             if constexpr (R::BIAS && R::U) u[v].add(bias[0]);
             if constexpr (R::BIAS && DECAY) lam[v].add(bias[1]);
         };
@@ -362,6 +367,10 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
 #pragma unroll
         for (int s = 0; s < CHUNK; ++s) {
             if (VERTICAL && s + 1 < CHUNK) take(s + 1 < CHUNK ? s + 1 : s);
+            if (HALVES && s == AT_ONCE) {
+#pragma unroll
+                for (int v = 0; v < VECTORS; ++v) take(v, ASCENDING ? 1 : 0);
+            }
             // This line's weights are not needed before the next one.
             float w[3][PLACES];
             if constexpr (R::FOURS) {
@@ -401,6 +410,14 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
                         before_last[k] = g[k];
                     }
                 }
+                if (HALVES && s % AT_ONCE == AT_ONCE - 1 && !idle) {
+                    const int half = e / AT_ONCE;
+#pragma unroll
+                    for (int k = 0; k < PLACES; ++k) {
+                        alignas(8) const unsigned words[2] = {result[k][2 * half], result[k][2 * half + 1]};
+                        *reinterpret_cast<uint2*>(box + R::G_AT + at_vector(k) + 8 * half) = *reinterpret_cast<const uint2*>(words);
+                    }
+                }
             }
 #pragma unroll
             for (int k = 0; k < PLACES; ++k) {
@@ -423,7 +440,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
                 }
             }
         }
-        if constexpr (!VERTICAL) {
+        if constexpr (!VERTICAL && !HALVES) {
             if (!idle) {
 #pragma unroll
                 for (int k = 0; k < PLACES; ++k) {

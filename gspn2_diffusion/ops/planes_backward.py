@@ -13,7 +13,6 @@ import torch
 from . import cuda
 from .cuda import Box, Device, Launch
 from .planes import (
-    ANY,
     CLUSTERS,
     MOST_SLOTS,
     MOST_STAGES,
@@ -144,7 +143,6 @@ class Row(NamedTuple):
 
     shortest: int  # positions of a line
     longest: int
-    channels: int  # that D has at most
     own: bool  # whether each channel has weights of its own
     size: int  # bytes of an element
     share: int  # positions of a block at most, halos not included, where clusters may be large enough for that
@@ -159,28 +157,23 @@ class Row(NamedTuple):
     promotion: int = 2
 
 
-# Drawn up without a GPU. The first that fits. A slice of all channels has no parts to be added.
+# Drawn up without a GPU, from counts of instructions and bytes.
 ROWS = (
-    Row(32, 40, ANY, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
-    Row(41, 96, ANY, False, 2, 96, 5, (16, 8), (3, 4), (4, 2), 4, 4),
-    Row(97, 128, ANY, False, 2, 64, 7, (16, 8), (4, 4), (8, 4), 4, 3, 8),
-    Row(129, 1280, 8, False, 2, 64, 8, (16, 8), (4, 4), (8, 4), 3, 3, 8, 2),
-    Row(129, 2048, ANY, False, 2, 64, 6, (16, 8), (3, 4), (8, 4), 4, 3),
-    Row(129, 2048, ANY, True, 2, 64, 2, (16, 8), (3, 4), (8, 4), 4, 6),
-    Row(129, 2048, ANY, True, 4, 64, 2, (8, 8), (3, 4), (4, 2), 4, 6),
+    Row(32, 40, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
+    Row(41, 96, False, 2, 96, 5, (16, 8), (3, 4), (4, 2), 4, 4),
+    Row(97, 128, False, 2, 64, 7, (16, 8), (5, 8), (8, 4), 4, 3, 8),
+    Row(129, 1280, False, 2, 64, 8, (16, 8), (5, 8), (8, 4), 4, 3, 8, 2),
+    Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
+    Row(129, 2048, True, 2, 64, 2, (16, 8), (3, 4), (8, 4), 4, 6),
+    Row(129, 2048, True, 4, 64, 2, (8, 8), (3, 4), (4, 2), 4, 6),
 )
 
 
 def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
     """The row of the table for maps of these sides, None where channels last are to be scanned."""
     longest, own = max(height, width), groups == channels > 1
-    if width * size % 16:
-        return None
-    for row in ROWS:
-        fits = row.shortest <= longest <= row.longest and channels <= row.channels
-        if fits and (row.own, row.size) == (own, size):
-            return row
-    return None
+    fits = (r for r in ROWS if r.shortest <= longest <= r.longest and (r.own, r.size) == (own, size))
+    return next(fits, None) if width * size % 16 == 0 else None
 
 
 @lru_cache(4096)
@@ -411,4 +404,4 @@ def sum_launch(sums: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Launch:
     return Launch("gspn2_sum_planes", chosen, params, -(-sum(vectors) // SUM_THREADS), (SUM_THREADS, 1), 1, 0)
 
 
-__all__ = ["ANY", "Variant", "choose", "make_variant", "row_of", "scan_backward", "variant_for"]
+__all__ = ["Variant", "choose", "make_variant", "row_of", "scan_backward", "variant_for"]
