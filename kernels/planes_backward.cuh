@@ -174,16 +174,19 @@ GSPN2_DEVICE void weigh(float (&four)[4], const float (&logit)[3], int j, int le
         for (int t = 0; t < 3; ++t) four[t] *= scale;
         four[3] = 0.f;
     } else {
-        constexpr float MOST = 57.7f;  // 2 to this is e^40
-        const float c = smaller(top, 0.f), shift = fast_exp2(c);
-        const float a0 = shift + fast_exp2(smaller(c - low, MOST)), a1 = shift + fast_exp2(smaller(c - logit[1], MOST));
-        const float a2 = shift + fast_exp2(smaller(c - high, MOST));
+        // Reciprocals of the sigmoids. Where even the largest logit is below -20, all are raised until it is there: sigmoids of so
+        // little are exponentials, whose ratios that leaves as they were. e^40 is as good as infinity then, and the products stay
+        // within float32.
+        constexpr float FAR = 28.85f, MOST = 57.7f;  // 20 and 40 times log2(e)
+        const float raised = smaller(top + FAR, 0.f);
+        const float a0 = 1.f + fast_exp2(smaller(raised - low, MOST)), a1 = 1.f + fast_exp2(smaller(raised - logit[1], MOST));
+        const float a2 = 1.f + fast_exp2(smaller(raised - high, MOST));
         four[0] = a1 * a2, four[1] = a0 * a2, four[2] = a0 * a1;
         const float scale = inside ? fast_divide(1.f, four[0] + four[1] + four[2]) : 0.f;
 #pragma unroll
         for (int t = 0; t < 3; ++t) four[t] *= scale;
-        // A missing tap weighs 4e-18 of the heaviest so far.
-        four[3] = inside ? fast_divide(shift, a1 * four[1]) : 0.f;
+        four[3] = inside ? fast_divide(1.f, a1 * four[1]) : 0.f;
+        // A missing tap has weighed 2e-9 of the heaviest at most.
         if (j <= 0) four[0] = 0.f;
         if (j >= length - 1) four[2] = 0.f;
     }
