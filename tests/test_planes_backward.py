@@ -104,6 +104,24 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
         check(case, dtype, biased)
 
 
+@needs_compiler
+@pytest.mark.parametrize(("scale", "shift"), [(30, 0), (6, -60), (1, -35), (1, 25)])
+@pytest.mark.parametrize("normalizer", ["sigmoid", "softmax"])
+def test_logits_far_from_zero(scale, shift, normalizer, monkeypatch):
+    case = Case(1, 9, 16, 3, directions=("right", "up"), normalizer=normalizer)
+    first, near = sum(layout_of(case).sizes[:3]), make_features
+
+    def far(*args):
+        features, bias = near(*args)
+        features[first:], bias[first:] = features[first:] * scale, bias[first:] + shift
+        return features, bias
+
+    made = planes_backward.make_variant(planes.Work(1, 9, 16, layout_of(case), 0, 4, False), 3, lines=(8, 4))
+    monkeypatch.setattr(planes_backward, "choose", lambda work, device: made)
+    monkeypatch.setitem(globals(), "make_features", far)
+    check(case, FP32)
+
+
 STATES = [
     (Case(1, 9, 16, 5), BF16, dict(width=5, lines=(16, 4))),
     (Case(1, 24, 64, 4, 2, gates="shared"), FP32, dict(width=2, cluster=2, lines=(16, 8))),
