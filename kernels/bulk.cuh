@@ -385,6 +385,8 @@ GSPN2_DEVICE void scan_boxes(const BulkParams& bulk, const Place& at, const Reac
                 for (int e = 0; e < CHANNELS; ++e) result[e] = R::U ? result[e] * h[k][e] : h[k][e];
                 y[k].pack(result);
             }
+            // Lanes beyond the span have read what the last one within it writes.
+            warp_barrier();
             exchange_places<T, CHANNELS>(y, exchanged);
             if constexpr (R::STATE) exchange_places<T, CHANNELS>(state, exchanged);
 #pragma unroll

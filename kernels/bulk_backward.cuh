@@ -138,14 +138,8 @@ GSPN2_DEVICE void normalize_backward(const BulkParams& bulk, const Place& at, co
             const int j = at.start + position - reach.low;
             float logit[3], weight[3];
             read_logits<L>(logit, ring.taps(stage) + s * ring.span * SLOT, position, skipped);
-            normalize(weight, logit, j > 0, j < at.length - 1, p.softmax);
-            // A sigmoid is its weight times the sum of the sigmoids, which the largest tells; softmax's slope is as if
-            // that were 0.
-            float top = logit[1], heaviest = weight[1];
-            if (weight[0] > heaviest) top = logit[0], heaviest = weight[0];
-            if (weight[2] > heaviest) top = logit[2], heaviest = weight[2];
-            const float sigmoid = fast_divide(1.f, 1.f + fast_exp(-top < 40.f ? -top : 40.f));
-            const float four[4] = {weight[0], weight[1], weight[2], p.softmax ? 0.f : fast_divide(sigmoid, heaviest)};
+            const float sum = normalize(weight, logit, j > 0, j < at.length - 1, p.softmax);
+            const float four[4] = {weight[0], weight[1], weight[2], sum};
             store_vector<float, 4>(ring.weights(stage, s, R::W::at(position)), four);
         });
         warp_arrives(R::ready(stage));
@@ -284,6 +278,8 @@ GSPN2_DEVICE void scan_backward_boxes(const BulkParams& bulk, const Place& at, c
                     sum[0] += passed[k][e] * low, sum[1] += passed[k][e] * before[k][e], sum[2] += passed[k][e] * high;
                     if constexpr (DECAY) mixed[e] = four[0] * low + four[1] * before[k][e] + four[2] * high;
                 }
+                // Lanes beyond the span have read what the last one within it writes.
+                warp_barrier();
                 if (!inside) continue;
                 if constexpr (R::U) {
 #pragma unroll

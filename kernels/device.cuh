@@ -21,6 +21,13 @@ GSPN2_DEVICE T* global_memory(T* pointer) {
 GSPN2_DEVICE void block_barrier() { __syncthreads(); }
 GSPN2_DEVICE void warp_barrier() { __syncwarp(); }
 
+// The same value. What is made of it is made here, each time, and not kept in registers from before a loop.
+GSPN2_DEVICE int again(int value) {
+    int result;
+    asm volatile("mov.u32 %0, %1;" : "=r"(result) : "r"(value));
+    return result;
+}
+
 // The value of another lane of the warp; all 32 lanes call it.
 GSPN2_DEVICE float shuffle(float value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
 // The warp's index, for branches that a whole warp takes: from a shuffle the compiler knows that it does.
@@ -165,19 +172,14 @@ GSPN2_DEVICE void store_words_if(bool condition, void* to, const unsigned (&word
     }
 }
 
-// Two units in the last place; results below 1.2e-38 are 0.
-GSPN2_DEVICE float fast_exp(float value) {
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value * 1.44269504f));
-    return result;
-}
+// 2^value. Two units in the last place; results below 1.2e-38 are 0.
 GSPN2_DEVICE float fast_exp2(float value) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
     return result;
 }
-GSPN2_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 GSPN2_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+GSPN2_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 GSPN2_DEVICE float fast_divide(float a, float b) {
     float reciprocal;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(b));

@@ -33,7 +33,7 @@ GSPN2_KERNEL gspn2_bulk(const __grid_constant__ BulkParams p) {
 GSPN2_KERNEL gspn2_planes(const __grid_constant__ PlaneParams p) {
     scan_planes<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_SPAN_COLUMNS, GSPN2_PLACES_ROWS, GSPN2_PLACES_COLUMNS,
                 GSPN2_LINES_ROWS, GSPN2_LINES_COLUMNS, GSPN2_UNIT_ROWS, GSPN2_UNIT_COLUMNS, GSPN2_SLOTS, GSPN2_HALO, GSPN2_CLUSTER,
-                GSPN2_HAS, GSPN2_DECAY>(p);
+                GSPN2_THREADS, GSPN2_MIXED, GSPN2_HAS, GSPN2_DECAY>(p);
 }
 #elif defined(GSPN2_PLANES_BACKWARD)
 GSPN2_KERNEL gspn2_planes_backward(const __grid_constant__ PlaneBackwardParams p) {

@@ -7,7 +7,7 @@
 // time, normalising warps make weights of the logits, and scanning lanes take what they need of x, lam and u into registers,
 // walk along the lines, and leave y:
 //
-//     full (the engine's bytes) -> ready (a chunk's weights) -> used (they have been read), done (the stage has)
+//     full (the engine's bytes) -> ready (a chunk's weights) -> used (they have been read), taken (the stage has), done (y is there)
 //
 // A lane has PLACES positions of a channel, the next lane the next ones, and after the last ones of a channel the next channel's
 // first, as many channels as a warp has lanes for: what a lane gets from beyond its channel's ends meets a weight of zero there, or
@@ -51,12 +51,13 @@ struct PlaneRing {
     static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
     static_assert(PER_CHANNEL <= 32, "a channel stays within a warp");
     static_assert(SPAN % 8 == 0 && SPAN % PLACES == 0 && LINES % CHUNK == 0 && HALO % CHUNK == 0, "edges are exchanged between chunks");
+    static_assert(CHUNK % 2 == 0, "a line's registers are those of the one before last");
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, TILES = 1 + LAM + U;
     // Weights of a line: three rows, or four floats for each position, where that is without conflicts.
     static constexpr bool FOURS = PLACES > 1 && PLACES % 2;
     static constexpr int WEIGHTS = SPAN * (FOURS ? 4 : 3);
-    static constexpr int COUNT = 3 * MOST_STAGES + 2 * MOST_SLOTS;
-    static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 : 0)) * 8, INBOX = WIDTH * HALO;
+    static constexpr int COUNT = 4 * MOST_STAGES + 2 * MOST_SLOTS;
+    static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8, INBOX = WIDTH * HALO;
     static constexpr int up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
     static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
     static constexpr int SLOT = CHUNK * SETS * WEIGHTS, BOXES = HEADER + up(SLOTS * SLOT * 4);
@@ -67,9 +68,10 @@ struct PlaneRing {
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
     GSPN2_DEVICE static Signal* done(int stage) { return signals() + MOST_STAGES + stage; }
     GSPN2_DEVICE static Signal* empty(int stage) { return signals() + 2 * MOST_STAGES + stage; }
-    GSPN2_DEVICE static Signal* ready(int slot) { return signals() + 3 * MOST_STAGES + slot; }
-    GSPN2_DEVICE static Signal* used(int slot) { return signals() + 3 * MOST_STAGES + MOST_SLOTS + slot; }
-    GSPN2_DEVICE static Signal* arrived(int exchange, int side) { return signals() + COUNT + 2 * (exchange & 1) + side; }
+    GSPN2_DEVICE static Signal* taken(int stage) { return signals() + 3 * MOST_STAGES + stage; }
+    GSPN2_DEVICE static Signal* ready(int slot) { return signals() + 4 * MOST_STAGES + slot; }
+    GSPN2_DEVICE static Signal* used(int slot) { return signals() + 4 * MOST_STAGES + MOST_SLOTS + slot; }
+    GSPN2_DEVICE static Signal* arrived(int exchange, int side, int warp) { return signals() + COUNT + (2 * (exchange & 1) + side) * WARPS + warp; }
     GSPN2_DEVICE static float* inbox(int exchange, int side) {
         return reinterpret_cast<float*>(shared_memory() + SIGNALS) + (2 * (exchange & 1) + side) * INBOX;
     }
@@ -84,6 +86,14 @@ struct PlaneRing {
     }
     GSPN2_DEVICE static int row_part(int plane, int line, int position) { return ((plane * LINES + line) * SPAN + position) * SIZE; }
 };
+
+// The line in memory with which the box of a batch begins. Boxes of columns begin at multiples of their lines: what they have beyond
+// the map is at its right end, where a scan to the left skips it.
+template <typename R>
+GSPN2_DEVICE int plane_line(const Place& at, const Params& p, int batch) {
+    if (R::VERTICAL || !at.backwards) return first_line(at, p, batch, R::LINES);
+    return ((p.width - at.first + R::LINES - 1) / R::LINES - 1 - batch) * R::LINES;
+}
 
 GSPN2_DEVICE void plane_box(void* to, const TensorMap& map, bool vertical, int line, int position, int batch, int plane, Signal* signal) {
     load_box(to, map, vertical ? position : line, vertical ? line : position, batch, plane, 0, signal);
@@ -100,18 +110,26 @@ GSPN2_DEVICE void load_planes(const PlaneParams& planes, const Place& at, const 
     Turn turn{0, 0};
     for (int n = 0; n < batch; ++n) turn.next(stages);
     for (; batch < end; ++batch, turn.next(stages)) {
-        const int stage = turn.stage, line = first_line(at, p, batch, R::LINES);
+        const int stage = turn.stage, line = plane_line<R>(at, p, batch);
         Signal* const full = R::full(stage);
-        if (batch >= stages) signal_wait(VERTICAL ? R::done(stage) : R::empty(stage), turn.parity ^ 1);
+        // y stays where x was until it is stored, and h where u was. A ring of two has no time to lose: it loads all else before that.
+        const bool waits = batch >= stages, early = stages < 3;
+        if (!VERTICAL && waits && !early) signal_wait(R::empty(stage), turn.parity ^ 1);
+        if (waits) signal_wait(R::taken(stage), turn.parity ^ 1);
         signal_expect(full, R::LOADED);
         plane_box(R::box(stage, R::TILES), maps[PLANES_LOGITS], VERTICAL, line, position, at.batch, logits, full);
-        plane_box(R::box(stage, 0), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, channel, full);
         if constexpr (R::LAM) {
             plane_box(R::box(stage, R::LAM_TILE), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, planes.lam + gate, full);
         }
-        if constexpr (R::U) {
-            plane_box(R::box(stage, R::U_TILE), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, planes.u + gate, full);
-        }
+        const auto load_u = [&] {
+            if constexpr (R::U) {
+                plane_box(R::box(stage, R::U_TILE), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, planes.u + gate, full);
+            }
+        };
+        if constexpr (!R::STATE) load_u();
+        if (!VERTICAL && waits && early) signal_wait(R::empty(stage), turn.parity ^ 1);
+        if constexpr (R::STATE) load_u();
+        plane_box(R::box(stage, 0), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, channel, full);
     }
 }
 
@@ -122,7 +140,7 @@ GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const
     const int count = all - first < R::WIDTH ? all - first : R::WIDTH;
     Turn turn{0, 0};
     for (int batch = 0; batch < batches; ++batch, turn.next(planes.stages[0])) {
-        const int line = first_line(at, planes.scan, batch, R::LINES);
+        const int line = plane_line<R>(at, planes.scan, batch);
         signal_wait(R::done(turn.stage), turn.parity);
         for (int c = 0; c < count; ++c) {
             const int offset = (c * R::SPAN + reach.low) * R::ROW, plane = at.index * all + first + c;
@@ -141,7 +159,10 @@ GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const
 template <typename R>
 struct ChunkTurn {
     Turn stage{0, 0}, slot{0, 0};
-    int chunk = 0;
+    int chunk;
+    // A scan to the left begins within its first box.
+    GSPN2_DEVICE ChunkTurn(const Place& at, const Params& p)
+        : chunk(R::VERTICAL || !at.backwards ? 0 : R::CHUNKS - 1 - ((p.width - at.first) / R::CHUNK + R::CHUNKS - 1) % R::CHUNKS) {}
     GSPN2_DEVICE bool begins() const { return chunk == 0; }
     GSPN2_DEVICE bool ends() const { return chunk == R::CHUNKS - 1; }
     GSPN2_DEVICE void next(int stages) {
@@ -152,70 +173,79 @@ struct ChunkTurn {
     GSPN2_DEVICE int place(bool backwards) const { return backwards ? R::CHUNKS - 1 - chunk : chunk; }
 };
 
-template <bool SOFTMAX, typename R>
-GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, const Reach& reach, int thread, int threads) {
+// What a thread does in each chunk is known before the first: which logits, into which weights.
+template <bool SOFTMAX, int THREADS, typename R>
+GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, const Reach& reach, int thread) {
     using T = typename R::Type;
     constexpr bool VERTICAL = R::VERTICAL;
-    constexpr int SETS = R::SETS;
+    constexpr int SETS = R::SETS, UNIT = R::UNIT, TAP = R::LINES * R::SPAN * R::SIZE;
+    constexpr int ALONG = VERTICAL ? R::SPAN / UNIT : R::SPAN, ACROSS = VERTICAL ? R::CHUNK : R::CHUNK / UNIT;
+    constexpr int UNITS = SETS * ALONG * ACROSS, TURNS = (UNITS + THREADS - 1) / THREADS;
     const Params& p = planes.scan;
     const int chunks = (at.last - at.first + R::CHUNK - 1) / R::CHUNK;
-    const int first = 3 * (at.index * p.groups + at.slice * R::WIDTH / (p.channels / p.groups));
-    const auto bias = [&](int plane) {
-        if constexpr (!R::BIAS) return 0.f;
-        const int logit = first + plane, all = 3 * p.count * p.groups;  // a ragged slice's last sets belong to nobody
-        return to_float(global_memory(static_cast<const T*>(planes.bias))[planes.logits + (logit < all ? logit : all - 1)]);
-    };
-    float shared[3];
+    int source[TURNS], target[TURNS], first_j[TURNS];
+    float bias[3] = {};
+    const auto read_bias = [&](float (&to)[3], int set) {
+        const T* const from = global_memory(static_cast<const T*>(planes.bias));
+        // A ragged slice's last sets belong to nobody.
+        const int wanted = at.slice * R::WIDTH / (p.channels / p.groups) + set, group = wanted < p.groups ? wanted : p.groups - 1;
 #pragma unroll
-    for (int t = 0; t < 3; ++t) shared[t] = bias(t);
-    constexpr int UNIT = R::UNIT, ALONG = VERTICAL ? R::SPAN / UNIT : R::SPAN, ACROSS = VERTICAL ? R::CHUNK : R::CHUNK / UNIT;
-    ChunkTurn<R> turn;
+        for (int t = 0; t < 3; ++t) to[t] = LOG2_E * to_float(from[planes.logits + 3 * (at.index * p.groups + group) + t]);
+    };
+    if constexpr (R::BIAS && SETS == 1) read_bias(bias, 0);
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        const int unit = thread + i * THREADS, along = unit % ALONG, rest = unit / ALONG, across = rest % ACROSS, set = rest / ACROSS;
+        const int position = VERTICAL ? along * UNIT : along;
+        first_j[i] = at.start + position - reach.low;
+        if constexpr (VERTICAL) {
+            source[i] = R::row_part(3 * set, at.backwards ? R::CHUNK - 1 - across : across, position);
+            target[i] = R::weight(across, set, 0, position);
+        } else {
+            const int in_memory = across * UNIT, line = at.backwards ? R::CHUNK - 1 - in_memory : in_memory;
+            source[i] = R::column_part(3 * set, position, 0) + in_memory * R::SIZE;
+            target[i] = R::weight(line, set, 0, position);
+        }
+    }
+    const int next_line = R::weight(at.backwards ? -1 : 1, 0, 0, 0);
+    ChunkTurn<R> turn(at, p);
     for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
-        if (turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
+        if (n == 0 || turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
         if (n >= R::SLOTS) signal_wait(R::used(turn.slot.stage), turn.slot.parity ^ 1);
         const unsigned char* const taps = R::box(turn.stage.stage, R::TILES);
         float* const weights = R::weights(turn.slot.stage);
         const int place = turn.place(at.backwards);
-        for (int unit = thread; unit < SETS * ALONG * ACROSS; unit += threads) {
-            const int along = unit % ALONG, rest = unit / ALONG, across = rest % ACROSS, set = rest / ACROSS;
-            const int position = VERTICAL ? along * UNIT : along;
+#pragma unroll
+        for (int i = 0; i < TURNS; ++i) {
+            if (UNITS % THREADS && i == TURNS - 1 && thread + i * THREADS >= UNITS) break;
+            const unsigned char* const from = taps + (VERTICAL ? source[i] + place * R::CHUNK * R::SPAN * R::SIZE : source[i] ^ place * 16);
             float read[3][UNIT], made[3][UNIT];
+            if constexpr (R::BIAS && SETS > 1) read_bias(bias, (thread + i * THREADS) / (ALONG * ACROSS));
 #pragma unroll
-            for (int t = 0; t < 3; ++t) {
-                int offset;
-                if constexpr (VERTICAL) {
-                    const int row = place * R::CHUNK + (at.backwards ? R::CHUNK - 1 - across : across);
-                    offset = R::row_part(3 * set + t, row, position);
-                } else {
-                    offset = R::column_part(3 * set + t, position, place) + across * UNIT * R::SIZE;
-                }
-                load_vector<T, UNIT>(read[t], reinterpret_cast<const T*>(taps + offset));
-                const float added = SETS > 1 ? bias(3 * set + t) : shared[t];
-#pragma unroll
-                for (int e = 0; e < UNIT; ++e) read[t][e] += added;
-            }
+            for (int t = 0; t < 3; ++t) load_vector<T, UNIT>(read[t], reinterpret_cast<const T*>(from + t * TAP));
 #pragma unroll
             for (int e = 0; e < UNIT; ++e) {
-                const int j = at.start + position + (VERTICAL ? e : 0) - reach.low;
-                const float logit[3] = {read[0][e], read[1][e], read[2][e]};
-                float weight[3];
-                normalize(weight, logit, j > 0, j < at.length - 1, SOFTMAX);
+                const int j = first_j[i] + (VERTICAL ? e : 0);
+                float scaled[3], weight[3];
+#pragma unroll
+                for (int t = 0; t < 3; ++t) scaled[t] = LOG2_E * read[t][e] + (R::BIAS ? bias[t] : 0.f);
+                normalize_scaled(weight, scaled, j > 0, j < at.length - 1, SOFTMAX);
 #pragma unroll
                 for (int t = 0; t < 3; ++t) made[t][e] = weight[t];
             }
+            float* const to = weights + target[i];
             if constexpr (VERTICAL) {
 #pragma unroll
-                for (int t = 0; t < 3; ++t) store_vector<float, UNIT>(weights + R::weight(across, set, t, position), made[t]);
+                for (int t = 0; t < 3; ++t) store_vector<float, UNIT>(to + R::weight(0, 0, t, 0), made[t]);
             } else {
 #pragma unroll
                 for (int e = 0; e < UNIT; ++e) {
-                    const int in_memory = across * UNIT + e, line = at.backwards ? R::CHUNK - 1 - in_memory : in_memory;
                     if constexpr (R::FOURS) {
                         const float four[4] = {made[0][e], made[1][e], made[2][e], 0.f};
-                        store_vector<float, 4>(weights + R::weight(line, set, 0, position), four);
+                        store_vector<float, 4>(to + e * next_line, four);
                     } else {
 #pragma unroll
-                        for (int t = 0; t < 3; ++t) weights[R::weight(line, set, t, position)] = made[t][e];
+                        for (int t = 0; t < 3; ++t) to[e * next_line + R::weight(0, 0, t, 0)] = made[t][e];
                     }
                 }
             }
@@ -250,19 +280,23 @@ struct Words {
         alignas(16) const unsigned four[4] = {words[0], words[1], words[2], words[3]};
         *static_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(four);
     }
-    GSPN2_DEVICE float get(int e) const {
-        if constexpr (sizeof(T) == 4) {
-            return bits_as_float(words[e]);
-        } else {
-            float low, high;
-            to_floats(words[e / 2], T{}, low, high);
-            return e % 2 ? high : low;
-        }
-    }
-    // One value for all.
+    // One value to all, in the storage type.
     GSPN2_DEVICE void add(T value) {
 #pragma unroll
         for (int w = 0; w < COUNT; ++w) words[w] = add_words(words[w], value);
+    }
+    GSPN2_DEVICE float get(int e) const { return get<false>(e, T{}); }
+    // Plus `added`, in the storage type.
+    template <bool ADDS>
+    GSPN2_DEVICE float get(int e, T added) const {
+        const unsigned read = words[e * sizeof(T) / 4], word = ADDS ? add_words(read, added) : read;
+        if constexpr (sizeof(T) == 4) {
+            return bits_as_float(word);
+        } else {
+            float low, high;
+            to_floats(word, T{}, low, high);
+            return e % 2 ? high : low;
+        }
     }
 };
 
@@ -292,7 +326,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
     using T = typename R::Type;
     constexpr bool VERTICAL = R::VERTICAL;
     constexpr int WIDTH = R::WIDTH, SETS = R::SETS, HALO = R::HALO, CLUSTER = R::CLUSTER;
-    constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, VECTORS = VERTICAL ? CHUNK : PLACES, LENGTH = VERTICAL ? PLACES : R::PART;
+    constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, LOOK = 2, VECTORS = VERTICAL ? LOOK : PLACES, LENGTH = VERTICAL ? PLACES : R::PART;
     const Params& p = planes.scan;
     const int lines = at.last - at.first, chunks = (lines + CHUNK - 1) / CHUNK;
     // Beyond its warp's channels a lane does again what the last of them does, but writes nothing.
@@ -311,102 +345,114 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
         if constexpr (R::U) bias[2] = from[planes.u + gate];
     }
 
+    // A warp waits for what the warp of its channels sends in the neighbouring block, and for nobody else.
+    const int warp = thread / 32, left_over = WIDTH - warp * R::PER_WARP, channels = left_over < R::PER_WARP ? left_over : R::PER_WARP;
+    const auto within = [](int value, int end) { return static_cast<unsigned>(value) < static_cast<unsigned>(end); };
     T* y = nullptr;
     [[maybe_unused]] long long to_state = 0;
     int next_line = 0;
     bool stores = false;
     if constexpr (VERTICAL) {
-        const int j = position - reach.low;  // own positions are whole vectors
+        const int j = position - reach.low;
         y = global_memory(static_cast<T*>(p.y.data)) + at.batch * p.y.batch + at.index * p.y.direction +
             (BACKWARDS ? p.height - 1 - at.first : at.first) * p.y.row + at.start + j + channel * p.y.group;
         next_line = static_cast<int>(BACKWARDS ? -p.y.row : p.y.row);
         if constexpr (R::STATE) to_state = static_cast<T*>(p.state.data) - static_cast<T*>(p.y.data);
+        // Own positions are whole vectors.
         stores = j >= 0 && j < reach.owned && channel < p.channels && !idle;
     }
-    // What of a lane's positions comes from the lower and the higher neighbour, and goes to them, a bit for each of PLACES.
-    enum { FROM_LOW = 0, FROM_HIGH = 8, TO_LOW = 16, TO_HIGH = 24 };
-    unsigned edges = 0;
-    Remote to_low{}, to_high{};
-    if constexpr (CLUSTER > 1) {
-        static_assert(PLACES <= 8, "eight bits for each of four");
-#pragma unroll
-        for (int k = 0; k < PLACES; ++k) {
-            const int j = position + k - HALO, beyond = j - reach.owned;
-            edges |= (position + k < reach.from_low) << (FROM_LOW + k);
-            edges |= (beyond >= 0 && beyond < reach.from_high) << (FROM_HIGH + k);
-            const bool sends = j >= 0 && j < reach.owned && !idle;
-            edges |= (sends && reach.from_low && j < HALO) << (TO_LOW + k);
-            edges |= (sends && reach.from_high && j >= reach.owned - HALO) << (TO_HIGH + k);
-        }
-        const int j = position - HALO;
-        if (reach.from_low) to_low = remote(R::inbox(0, 1) + plane * HALO + j, R::arrived(0, 1), at.rank - 1);
-        if (reach.from_high) to_high = remote(R::inbox(0, 0) + (plane + 1) * HALO + j - reach.owned, R::arrived(0, 0), at.rank + 1);
-    }
-    constexpr int OTHER = 2 * R::INBOX;  // floats from an exchange's inboxes to the next one's
     constexpr int TOGETHER = PLACES & (PLACES - 1) ? 1 : PLACES < 4 ? PLACES : 4;  // positions that are all at an edge or none
     // Bytes into a box.
     int part[PLACES];
 #pragma unroll
     for (int k = 0; k < PLACES; ++k) part[k] = VERTICAL ? R::row_part(plane, 0, position) : R::column_part(plane, position + k, 0);
 
-    // A chunk of x, lam and u.
+    // x, lam and u: of each position all lines of a chunk or, VERTICAL, all positions of LOOK lines.
     struct Taken {
         Words<T, LENGTH> x[VECTORS], lam[R::LAM ? VECTORS : 1], u[R::U ? VECTORS : 1];
     };
-    constexpr bool EARLY = R::TILES * VECTORS * Words<T, LENGTH>::COUNT <= 40;  // the next chunk, amid this one
-    const auto take = [&](Taken& taken, const ChunkTurn<R>& turn) {
-        const unsigned char* const box = R::box(turn.stage.stage, 0);
+    const auto read = [&](Words<T, LENGTH>& words, int which, int vector, int line, const ChunkTurn<R>& turn) {
+        const unsigned char* const box = R::box(turn.stage.stage, which);
         const int place = turn.place(BACKWARDS);
-        if (turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
-        const auto read = [&](Words<T, LENGTH>& words, int which, int vector, T added) {
-            if constexpr (VERTICAL) {
-                const int row = place * CHUNK + (BACKWARDS ? CHUNK - 1 - vector : vector);
-                words.load(box + which * R::TILE + part[0] + row * R::SPAN * R::SIZE);
-            } else {
-                words.load(box + which * R::TILE + (part[vector] ^ place * 16));
-            }
-            if constexpr (R::BIAS) words.add(added);
-        };
+        if constexpr (VERTICAL) {
+            words.load(box + part[0] + (place * CHUNK + (BACKWARDS ? CHUNK - 1 - line : line)) * R::SPAN * R::SIZE);
+        } else {
+            words.load(box + (part[vector] ^ place * 16));
+        }
+    };
+    Taken taken;
+    const auto take_vector = [&](int v, int line, const ChunkTurn<R>& turn) {
+        read(taken.x[v], 0, v, line, turn);
+        if constexpr (R::LAM) read(taken.lam[v], R::LAM_TILE, v, line, turn);
+        if constexpr (R::U) read(taken.u[v], R::U_TILE, v, line, turn);
+    };
+    // A chunk or, VERTICAL, its first LOOK lines.
+    const auto take = [&](const ChunkTurn<R>& turn) {
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-            read(taken.x[v], 0, v, bias[0]);
-            if constexpr (R::LAM) read(taken.lam[v], R::LAM_TILE, v, bias[1]);
-            if constexpr (R::U) read(taken.u[v], R::U_TILE, v, bias[2]);
+        for (int v = 0; v < VECTORS; ++v) take_vector(v, v, turn);
+    };
+    // Of the line that is scanned and, read before it is done or, where registers are short, behind its scan, the next.
+    constexpr int BUFFERS = VERTICAL ? 2 : 1;
+    float weights[BUFFERS][3][PLACES];
+    const auto weigh = [&](const ChunkTurn<R>& turn, int s) {
+        const float* const from = R::weights(turn.slot.stage) + R::weight(s, SETS > 1 ? plane : 0, 0, position);
+        auto& w = weights[s % BUFFERS];
+        if constexpr (R::FOURS) {
+#pragma unroll
+            for (int k = 0; k < PLACES; ++k) {
+                float four[4];
+                load_vector<float, 4>(four, from + R::weight(0, 0, 0, k));
+#pragma unroll
+                for (int t = 0; t < 3; ++t) w[t][k] = four[t];
+            }
+        } else {
+#pragma unroll
+            for (int t = 0; t < 3; ++t) load_vector<float, PLACES>(w[t], from + R::weight(0, 0, t, 0));
         }
     };
 
-    float h[PLACES] = {};
-    Taken taken;
-    ChunkTurn<R> turn;
-    for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
-        const int stage = turn.stage.stage, place = turn.place(BACKWARDS);
-        if (!EARLY || n == 0) take(taken, turn);
-        const auto get = [&](const auto& from, int s, int k) {
-            return VERTICAL ? from[s].get(k) : from[k].get(BACKWARDS ? CHUNK - 1 - s : s);
-        };
+    const auto has_taken = [&](const ChunkTurn<R>& turn) {
+        if (!VERTICAL && turn.ends()) warp_arrives(R::taken(turn.stage.stage));
+    };
 
-        signal_wait(R::ready(turn.slot.stage), turn.slot.parity);
+    float h[PLACES] = {};
+    const int stages = planes.stages[VERTICAL];
+    ChunkTurn<R> turn(at, p);
+    signal_wait(R::full(turn.stage.stage), turn.stage.parity);
+    signal_wait(R::ready(turn.slot.stage), turn.slot.parity);
+    weigh(turn, 0);
+    take(turn);
+    has_taken(turn);
+    for (int n = 0; n < chunks; ++n) {
+        const int stage = turn.stage.stage, place = turn.place(BACKWARDS);
+        const bool more = n + 1 < chunks;
+        ChunkTurn<R> next = turn;
+        next.next(stages);
+        const auto get = [&](const auto& from, int s, int k, T added) {
+            return from[VERTICAL ? s % LOOK : k].template get<R::BIAS>(VERTICAL ? k : BACKWARDS ? CHUNK - 1 - s : s, added);
+        };
         if constexpr (CLUSTER > 1) {
             const int exchange = n / (HALO / CHUNK);
             if (n > 0 && n % (HALO / CHUNK) == 0) {
+                const int parity = (exchange - 1) / 2 & 1;
                 if (reach.from_low) {
-                    if (thread == 0) signal_expect(R::arrived(exchange, 0), R::INBOX * 4);
-                    signal_wait(R::arrived(exchange, 0), (exchange - 1) / 2 & 1);
+                    if (thread % 32 == 0) signal_expect(R::arrived(exchange, 0, warp), channels * HALO * 4);
+                    signal_wait(R::arrived(exchange, 0, warp), parity);
                 }
                 if (reach.from_high) {
-                    if (thread == 0) signal_expect(R::arrived(exchange, 1), reach.from_high * WIDTH * 4);
-                    signal_wait(R::arrived(exchange, 1), (exchange - 1) / 2 & 1);
+                    if (thread % 32 == 0) signal_expect(R::arrived(exchange, 1, warp), channels * reach.from_high * 4);
+                    signal_wait(R::arrived(exchange, 1, warp), parity);
                 }
-                const float* const low = R::inbox(exchange, 0) + plane * HALO + position;
-                const float* const high = R::inbox(exchange, 1) + plane * HALO + position - HALO - reach.owned;
+                const int first = again(position), beyond = first - reach.low - reach.owned;
+                const float* const low = R::inbox(exchange, 0) + plane * HALO + first;
+                const float* const high = R::inbox(exchange, 1) + plane * HALO + beyond;
 #pragma unroll
                 for (int k = 0; k < PLACES; ++k) {
-                    if (edges >> (FROM_LOW + k) & 1) h[k] = low[k];
-                    if (edges >> (FROM_HIGH + k) & 1) h[k] = high[k];
+                    if (first + k < reach.from_low) h[k] = low[k];
+                    if (within(beyond + k, reach.from_high)) h[k] = high[k];
                 }
             }
         }
-        const float* const weights = R::weights(turn.slot.stage) + R::weight(0, SETS > 1 ? plane : 0, 0, position);
         const int left = lines - n * CHUNK;
         unsigned result[VERTICAL ? 1 : PLACES][4];
         float before_last[PLACES];
@@ -422,37 +468,30 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                 last = value;
             }
         };
-        [[maybe_unused]] Taken ahead;
 #pragma unroll
         for (int s = 0; s < CHUNK; ++s) {
-            if constexpr (EARLY) {
-                if (s == CHUNK / 2 && n + 1 < chunks) {
-                    ChunkTurn<R> next = turn;
-                    next.next(planes.stages[VERTICAL]);
-                    take(ahead, next);
-                }
-            }
-            float w[3][PLACES];
-            if constexpr (R::FOURS) {
-#pragma unroll
-                for (int k = 0; k < PLACES; ++k) {
-                    float four[4];
-                    load_vector<float, 4>(four, weights + R::weight(s, 0, 0, k));
-#pragma unroll
-                    for (int t = 0; t < 3; ++t) w[t][k] = four[t];
-                }
-            } else {
-#pragma unroll
-                for (int t = 0; t < 3; ++t) load_vector<float, PLACES>(w[t], weights + R::weight(s, 0, t, 0));
-            }
+            // Keeps the compiler from reading many lines' weights at once, for which there are no registers.
+            if (!VERTICAL && PLACES >= 5) warp_barrier();
             float lower = shuffle_up(h[PLACES - 1]);
             const float higher = shuffle_down(h[0]);
+            // Behind the shuffles, which take longer than to find that there is nothing to wait for.
+            if (more && s == CHUNK - (VERTICAL ? LOOK : 1) && next.begins()) signal_wait(R::full(next.stage.stage), next.stage.parity);
+            if (more && s == CHUNK - 1) signal_wait(R::ready(next.slot.stage), next.slot.parity);
+            const auto weigh_next = [&] {
+                if (s + 1 < CHUNK) {
+                    weigh(turn, s + 1);
+                } else if (more) {
+                    weigh(next, 0);
+                }
+            };
+            if constexpr (BUFFERS > 1) weigh_next();
+            const auto& w = weights[s % BUFFERS];
             float out[PLACES];
 #pragma unroll
             for (int k = 0; k < PLACES; ++k) {
-                float value = get(taken.x, s, k), keep = 0.f;
+                float value = get(taken.x, s, k, bias[0]), keep = 0.f;
                 if constexpr (R::LAM) {
-                    keep = get(taken.lam, s, k);
+                    keep = get(taken.lam, s, k, bias[1]);
                     value *= keep, keep = 1.f - keep;
                 }
                 const float before = h[k], high = k + 1 < PLACES ? h[k + 1 < PLACES ? k + 1 : 0] : higher;
@@ -463,9 +502,15 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                 }
                 lower = before;
                 out[k] = h[k];
-                if constexpr (R::U) out[k] *= get(taken.u, s, k);
+                if constexpr (R::U) out[k] *= get(taken.u, s, k, bias[2]);
             }
+            if constexpr (BUFFERS == 1) weigh_next();
             if constexpr (VERTICAL) {
+                if (s + LOOK < CHUNK) {
+                    take_vector(s % LOOK, s + LOOK, turn);
+                } else if (more) {
+                    take_vector(s % LOOK, s + LOOK - CHUNK, next);
+                }
                 store_if<T, PLACES>(stores && s < left, y, out);  // beyond the last line nothing reads h
                 if constexpr (R::STATE) store_if<T, PLACES>(stores && s < left, y + to_state, h);
                 y += next_line;
@@ -477,17 +522,26 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                 }
             }
         }
+        if (!VERTICAL && more) {
+            take(next);
+            has_taken(next);
+        }
         if constexpr (CLUSTER > 1) {
             const int after = n + 1, exchange = after / (HALO / CHUNK);
-            if (after % (HALO / CHUNK) == 0 && after < chunks) {
-                const int odd = exchange & 1;
+            if (after % (HALO / CHUNK) == 0 && more) {
+                // A lane that is idle sends nothing.
+                const int j = again(position) - reach.low, beyond = j - reach.owned, away = idle ? 1 << 20 : 0;
+                const int to_low_end = !reach.from_low ? 0 : HALO < reach.owned ? HALO : reach.owned, to_high_end = reach.from_high ? HALO : 0;
+                // (Of a neighbour that is not there nothing is asked.)
+                const Remote to_low = remote(R::inbox(exchange, 1) + plane * HALO + j, R::arrived(exchange, 1, warp), reach.from_low ? at.rank - 1 : at.rank);
+                const Remote to_high = remote(R::inbox(exchange, 0) + (plane + 1) * HALO + j - reach.owned, R::arrived(exchange, 0, warp), reach.from_high ? at.rank + 1 : at.rank);
 #pragma unroll
                 for (int k = 0; k < PLACES; k += TOGETHER) {
                     float values[TOGETHER];
 #pragma unroll
                     for (int e = 0; e < TOGETHER; ++e) values[e] = h[k + e];
-                    send_if(edges >> (TO_LOW + k) & 1, to_low, odd * OTHER + k, 2 * odd, values);
-                    send_if(edges >> (TO_HIGH + k) & 1, to_high, odd * OTHER + k, 2 * odd, values);
+                    send_if(within(j + k + away, to_low_end), to_low, k, 0, values);
+                    send_if(within(beyond + HALO + k + away, to_high_end), to_high, k, 0, values);
                 }
             }
         }
@@ -504,24 +558,30 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                     }
                 }
             }
+            if (turn.ends() || !more) {
+                engine_fence();
+                warp_arrives(R::done(stage));
+            }
+        } else if (turn.ends()) {
+            warp_arrives(R::taken(stage));
         }
-        if (turn.ends() || n + 1 == chunks) {
-            engine_fence();
-            warp_arrives(R::done(stage));
-        }
-        if constexpr (EARLY) taken = ahead;
+        turn = next;
     }
 }
 
-template <bool DECAY, typename R>
+template <bool DECAY, int THREADS, typename R>
 GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) {
     constexpr bool VERTICAL = R::VERTICAL;
     constexpr int LINES = R::LINES, HALO = R::HALO, CLUSTER = R::CLUSTER;
-    const int warp = warp_index(), normalizers = blockDim.x / 32 - BULK_SERVANTS - R::WARPS, stages = planes.stages[VERTICAL];
+    // (A way that no direction goes may leave none.)
+    constexpr int REST = THREADS / 32 - BULK_SERVANTS - R::WARPS, NORMALIZERS = REST > 0 ? REST : 1;
+    const int warp = warp_index(), stages = planes.stages[VERTICAL];
     const int rest = at.length - at.start - at.owned, batches = (at.last - at.first + LINES - 1) / LINES;
     // Shares and what is handed over are whole eights: what there is beyond the map is worth as much as a halo.
     const int owned = (at.owned + 7) / 8 * 8, higher = (rest + 7) / 8 * 8;
-    const Reach reach{CLUSTER > 1 ? HALO : 0, owned, at.rank > 0 ? HALO : 0, higher < HALO ? higher : HALO};
+    // Two blocks have one neighbour each, so their spans have one halo.
+    const int low = CLUSTER > 2 || (CLUSTER == 2 && at.rank > 0) ? HALO : 0;
+    const Reach reach{low, owned, at.rank > 0 ? HALO : 0, higher < HALO ? higher : HALO};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < stages; ++stage) signal_init(R::full(stage));
         signals_ready();
@@ -531,14 +591,15 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
     if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
         const int stage = threadIdx.x - 32;
         signal_init(R::done(stage), R::WARPS * WARP_ARRIVALS);
+        signal_init(R::taken(stage), R::WARPS * WARP_ARRIVALS);
         signal_init(R::empty(stage));
         if (stage < MOST_SLOTS) {
-            signal_init(R::ready(stage), normalizers * WARP_ARRIVALS);
+            signal_init(R::ready(stage), NORMALIZERS * WARP_ARRIVALS);
             signal_init(R::used(stage), R::WARPS * WARP_ARRIVALS);
-            if (CLUSTER > 1) signal_init(R::arrived(stage / 2, stage % 2));
         }
     }
     if constexpr (CLUSTER > 1) {
+        for (int i = threadIdx.x - 32; i >= 0 && i < 4 * R::WARPS; i += blockDim.x - 32) signal_init(R::arrived(0, 0, 0) + i);
         cluster_ready();
     } else {
         signals_ready();
@@ -559,24 +620,24 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
             scan_lines<DECAY, false, R>(planes, at, reach, thread);
         }
     } else if (planes.scan.softmax) {
-        normalize_planes<true, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
+        normalize_planes<true, 32 * NORMALIZERS, R>(planes, at, reach, thread - 32 * R::WARPS);
     } else {
-        normalize_planes<false, R>(planes, at, reach, thread - 32 * R::WARPS, 32 * normalizers);
+        normalize_planes<false, 32 * NORMALIZERS, R>(planes, at, reach, thread - 32 * R::WARPS);
     }
 }
 
 // Positions of a block, halos included, of a lane, lines of a box and what a normalising lane does at once: for scans along rows,
 // whose lines are columns, and along columns.
 template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS, int LINES_ROWS,
-          int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int SLOTS, int HALO, int CLUSTER, int HAS, bool DECAY>
+          int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int SLOTS, int HALO, int CLUSTER, int THREADS, bool MIXED, int HAS, bool DECAY>
 GSPN2_DEVICE void scan_planes(const PlaneParams& planes) {
-    const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
+    const Place at = find_place<CLUSTER, HALO, 8, MIXED>(planes.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
     using Rows = PlaneRing<T, WIDTH, SETS, SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
     using Columns = PlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
     if (at.horizontal) {
-        scan_planes_along<DECAY, Rows>(planes, at);
+        scan_planes_along<DECAY, THREADS, Rows>(planes, at);
     } else {
-        scan_planes_along<DECAY, Columns>(planes, at);
+        scan_planes_along<DECAY, THREADS, Columns>(planes, at);
     }
 }

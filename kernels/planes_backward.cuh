@@ -160,36 +160,16 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
     }
 }
 
-// As `normalize`, of logits times log2(e); zeros beyond the map, from where nothing may come through a tap. The fourth is the sum of
-// the sigmoids of the taps that exist: a sigmoid is its weight times that. Softmax's slope is as if it were 0.
+// A position's weights and the sum of its sigmoids, from logits times LOG2_E; zeros beyond the map, from where nothing may come
+// through a tap.
 template <bool SOFTMAX>
 GSPN2_DEVICE void weigh(float (&four)[4], const float (&logit)[3], int j, int length) {
-    constexpr float MISSING = -1e30f;
     const bool inside = j >= 0 && j < length;
-    const float low = j > 0 ? logit[0] : MISSING, high = j < length - 1 ? logit[2] : MISSING, top = larger(larger(low, logit[1]), high);
-    if constexpr (SOFTMAX) {
-        four[0] = fast_exp2(low - top), four[1] = fast_exp2(logit[1] - top), four[2] = fast_exp2(high - top);
-        const float scale = inside ? fast_divide(1.f, four[0] + four[1] + four[2]) : 0.f;
+    float weight[3];
+    const float sum = normalize_scaled(weight, logit, j > 0, j < length - 1, SOFTMAX);
 #pragma unroll
-        for (int t = 0; t < 3; ++t) four[t] *= scale;
-        four[3] = 0.f;
-    } else {
-        // Reciprocals of the sigmoids. Where even the largest logit is below -20, all are raised until it is there: sigmoids of so
-        // little are exponentials, whose ratios that leaves as they were. e^40 is as good as infinity then, and the products stay
-        // within float32.
-        constexpr float FAR = 28.85f, MOST = 57.7f;  // 20 and 40 times log2(e)
-        const float raised = smaller(top + FAR, 0.f);
-        const float a0 = 1.f + fast_exp2(smaller(raised - low, MOST)), a1 = 1.f + fast_exp2(smaller(raised - logit[1], MOST));
-        const float a2 = 1.f + fast_exp2(smaller(raised - high, MOST));
-        four[0] = a1 * a2, four[1] = a0 * a2, four[2] = a0 * a1;
-        const float scale = inside ? fast_divide(1.f, four[0] + four[1] + four[2]) : 0.f;
-#pragma unroll
-        for (int t = 0; t < 3; ++t) four[t] *= scale;
-        four[3] = inside ? fast_divide(1.f, a1 * four[1]) : 0.f;
-        // A missing tap has weighed 2e-9 of the heaviest at most.
-        if (j <= 0) four[0] = 0.f;
-        if (j >= length - 1) four[2] = 0.f;
-    }
+    for (int t = 0; t < 3; ++t) four[t] = inside ? weight[t] : 0.f;
+    four[3] = inside ? sum : 0.f;
 }
 
 template <bool SOFTMAX, typename R>
@@ -201,7 +181,6 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
     const BackwardLines lines(at, p);
     const int chunks = lines.batches(R::LINES) * R::CHUNKS;
     const int first = 3 * (at.index * p.groups + at.slice * R::WIDTH / (p.channels / p.groups));
-    constexpr float LOG2_E = 1.44269504f;
     const auto bias = [&](int plane) {
         if constexpr (!R::BIAS) return 0.f;
         const int logit = first + plane, all = 3 * p.count * p.groups;  // a ragged slice's last sets belong to nobody

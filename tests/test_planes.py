@@ -55,7 +55,8 @@ FORCED = [
     (Case(1, 8, 8, 2, directions=("down",)), BF16, dict(width=2, lines=(8, 8))),
     (Case(1, 8, 8, 2, directions=("left",)), BF16, dict(width=2, lines=(8, 8))),
     (Case(2, 9, 16, 5), BF16, dict(width=5, lines=(16, 4))),
-    (Case(1, 33, 48, 7, normalizer="softmax"), FP16, dict(width=3, lines=(16, 16))),
+    (Case(1, 33, 40, 7, normalizer="softmax"), FP16, dict(width=3, lines=(16, 16))),
+    (Case(1, 20, 72, 4), FP32, dict(width=2, cluster=2, lines=(16, 8))),
     (Case(1, 19, 40, 6), BF16, dict(width=2, cluster=3, lines=(8, 2))),
     (Case(1, 70, 32, 6, gates="shared"), BF16, dict(width=4, cluster=2, lines=(32, 16))),
     (Case(1, 24, 64, 4, 4, ("right",), gates="lam"), BF16, dict(width=2, cluster=2, lines=(16, 8))),
@@ -74,6 +75,7 @@ FORCED = [
     (Case(1, 32, 32, 10), BF16, dict(width=10, lines=(16, 8), places=(1, 1), units=(2, 1))),
     (Case(1, 72, 64, 4), BF16, dict(width=4, cluster=2, lines=(16, 8), halo=16)),
     (Case(1, 50, 80, 5), FP16, dict(width=5, cluster=3, lines=(16, 16), places=(3, 8), halo=16, most_stages=2)),
+    (Case(1, 40, 56, 3), BF16, dict(width=3, cluster=2, lines=(16, 4), places=(5, 8), halo=8, most_stages=2, mixed=1)),
 ]
 
 
@@ -154,8 +156,10 @@ def test_table_gives_a_variant_that_fits():
     for work in works():
         v = planes.choose(work, H100)
         layout = work.layout
-        if planes.row_of(work.H, work.W, layout.D, layout.G, work.size, any_channels=True) is None:
+        if planes.row_of(work.H, work.W, layout.D, layout.G, work.size) is None:
             assert v is None
+            continue
+        if work.segment and work.W % 16:  # a box would reach into the next segment
             continue
         taken += 1
         assert v is not None and v.shared <= H100.shared, work
@@ -164,12 +168,11 @@ def test_table_gives_a_variant_that_fits():
         assert v.sets > 1 or layout.D // layout.G % v.width == 0 or layout.G == 1
         for along in work.ways:
             lines = work.lines(along)
-            halos = 2 * v.halo if v.cluster > 1 else 0
+            halos = min(v.cluster - 1, 2) * v.halo
             assert v.shares[along] * v.cluster >= work.length(along) and v.spans[along] == v.shares[along] + halos
             assert v.spans[along] <= 32 * v.places[along] and v.spans[along] % v.places[along] == 0
             assert v.stages[along] >= min(2, -(-lines // v.lines[along]))
             assert not along or v.places[along] & (v.places[along] - 1) == 0
-        assert 0 not in work.ways or work.W % v.lines[0] == 0
     assert taken > 200
 
 
@@ -180,10 +183,14 @@ def test_table_gives_a_variant_that_fits():
         (2, 32, 160, 10, 1, 128),
         (2, 64, 80, 5, 1, 128),
         (2, 128, 160, 4, 1, 320),
-        (1, 256, 16, 5, 4, 64),
-        (1, 512, 80, 5, 8, 512),
-        (1, 1024, 40, 4, 16, 640),
-        (16, 1024, 8, 4, 16, 2048),
+        (2, 256, 80, 8, 4, 320),
+        (1, 256, 80, 6, 4, 224),
+        (1, 256, 160, 8, 4, 320),
+        (1, 256, 6, 6, 4, 16),
+        (1, 512, 80, 6, 8, 448),
+        (1, 1024, 40, 8, 16, 320),
+        (1, 1024, 80, 8, 16, 640),
+        (16, 1024, 8, 8, 16, 1024),
     ],
 )
 def test_the_table_takes_what_was_timed(B, side, D, width, cluster, blocks):
@@ -195,10 +202,8 @@ def test_the_table_takes_what_was_timed(B, side, D, width, cluster, blocks):
 def test_other_devices_and_shapes_have_none():
     layout = planes.Layout(8, 1, (0, 1, 2, 3), 4, True, True)
     assert planes.choose(planes.Work(1, 64, 64, layout, 0, 2, False), DEVICES["a100"]) is None
-    for sides in ((64, 60), (128, 72), (16, 16), (64, 4096)):
+    for sides in ((64, 60), (16, 16), (64, 4096)):
         assert planes.choose(planes.Work(1, *sides, layout, 0, 2, False), H100) is None
-    assert planes.row_of(256, 256, 160, 1, 2) is None, "channels last are faster"
-    assert planes.row_of(256, 256, 160, 1, 2, any_channels=True), "but not where features come first already"
 
 
 @needs_compiler

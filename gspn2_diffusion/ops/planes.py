@@ -90,9 +90,10 @@ class Variant(NamedTuple):
     shared: int
     grid: int
     promotion: int
+    mixed: int
 
 
-def _up(count: int, unit: int = 1024) -> int:
+def up(count: int, unit: int = 1024) -> int:
     return -(-count // unit) * unit
 
 
@@ -115,6 +116,7 @@ def make_variant(
     slots: int = 3,
     halo: int = 8,
     promotion: int = 2,
+    mixed: int = 1,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
@@ -125,37 +127,39 @@ def make_variant(
     if sets == 1 and G > 1 and D // G % width:
         return None
     tiles = 1 + work.layout.lam + work.layout.u
-    exchange = 4 * (8 + halo * width * 4) if cluster > 1 else 0
-    header = _up(8 * (3 * MOST_STAGES + 2 * MOST_SLOTS) + exchange)
     spans, shares, stages, chosen, at_once = [8, 8], [8, 8], [1, 1], [1, 1], [1, 1]
-    warps = used = 0
+    most_warps = used = 0
     for along in (0, 1):
         each, all_lines = lines[along], work.lines(along)
         part = min(each, 8) if along else 16 // work.size
         row = each * work.size
-        if each % part or halo % part or (not along and row not in (16, 32, 64, 128)):
+        if part % 2 or each % part or halo % part or (not along and row not in (16, 32, 64, 128)):
             return None
         if along not in work.ways:
             continue
-        # A box must not reach into the next segment, nor, where it is stored as a whole, beyond the map.
-        if (all_lines < (work.H if along else work.W) and all_lines % each) or (not along and work.W % each):
+        # A box may reach beyond a map but not into the next segment, from either end.
+        if all_lines < (work.H if along else work.W) and (all_lines % each or (not along and work.W % each)):
             return None
-        shares[along] = max(_up(-(-work.length(along) // cluster), 8), halo)
-        span = spans[along] = shares[along] + (2 * halo if cluster > 1 else 0)
+        shares[along] = max(up(-(-work.length(along) // cluster), 8), halo)
+        # Blocks at a line's ends have one halo; of two blocks, both are.
+        span = spans[along] = shares[along] + min(cluster - 1, 2) * halo
         chosen[along] = lane_places(span, places[along], along)
         at_once[along] = units[along] if along else min(units[along], part)
         if not chosen[along] or span > 256 or each > 256:
             return None
-        stage = tiles * _up(width * each * span * work.size) + _up(3 * sets * each * span * work.size)
+        warps = -(-width // (32 // (span // chosen[along])))
+        exchange = 4 * (8 * warps + halo * width * 4) if cluster > 1 else 0
+        header = up(8 * (4 * MOST_STAGES + 2 * MOST_SLOTS) + exchange)
+        stage = tiles * up(width * each * span * work.size) + up(3 * sets * each * span * work.size)
         fours = chosen[along] > 1 and chosen[along] % 2
-        weights = _up(slots * part * sets * span * (16 if fours else 12))
+        weights = up(slots * part * sets * span * (16 if fours else 12))
         batches = -(-all_lines // each)
         stages[along] = min(most_stages, batches, (shared - header - weights) // stage)
         if stages[along] < min(2, batches):
             return None
         used = max(used, header + weights + stages[along] * stage)
-        warps = max(warps, -(-width // (32 // (span // chosen[along]))))
-    threads = 32 * (SERVANTS + normalizers + warps)
+        most_warps = max(most_warps, warps)
+    threads = 32 * (SERVANTS + normalizers + most_warps)
     if threads > 1024:
         return None
     slices = -(-D // width)
@@ -178,6 +182,7 @@ def make_variant(
         used,
         grid,
         promotion,
+        mixed,
     )
 
 
@@ -186,7 +191,6 @@ class Row(NamedTuple):
 
     shortest: int  # positions of a line
     longest: int
-    channels: int  # that D has at most
     own: bool  # whether each channel has weights of its own
     size: int  # bytes of an element
     share: int  # positions of a block at most, halos not included, where clusters may be large enough for that
@@ -197,33 +201,34 @@ class Row(NamedTuple):
     normalizers: int
     halo: int = 8
     promotion: int = 2
+    slots: int = 3
+    mixed: int = 0
 
 
-ANY = 1 << 30
 ROWS = (
-    Row(32, 40, ANY, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 8, promotion=1),
-    Row(41, 96, ANY, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 4, promotion=0),
-    Row(41, 96, ANY, False, 2, 96, 5, (8, 4), (4, 4), (2, 2), 4),
-    Row(97, 128, ANY, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8),
-    Row(129, 383, 64, False, 2, 64, 5, (16, 8), (3, 4), (2, 1), 9, 16),
-    Row(384, 640, ANY, False, 2, 64, 5, (16, 16), (3, 4), (4, 2), 6, 16),
-    Row(641, 1280, ANY, False, 2, 64, 4, (16, 8), (3, 4), (4, 2), 8, 16),
-    Row(1281, 2048, ANY, False, 2, 64, 4, (16, 8), (3, 4), (2, 1), 6, 16),
-    Row(641, 1280, ANY, True, 2, 64, 2, (32, 16), (3, 4), (8, 2), 6, 16),
-    Row(641, 1280, ANY, True, 4, 64, 2, (16, 8), (3, 4), (4, 2), 7, 16),
+    Row(32, 40, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 2, promotion=0),
+    Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 6, promotion=0),
+    Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8),
+    Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1),
+    Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 6, 16, slots=2, mixed=1),
+    Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16),
+    Row(1281, 2048, False, 2, 64, 4, (16, 8), (5, 8), (4, 2), 2, 16),
+    Row(641, 1280, True, 2, 128, 2, (16, 4), (6, 4), (4, 1), 6, mixed=1),
+    Row(641, 1280, True, 4, 64, 2, (16, 8), (3, 4), (4, 2), 7, 16),
 )
 CLUSTERS = (1, 2, 4, 8, 16)
+MOST_SPARED = 4  # channels fewer than the row's
+WAVE_COSTS = 5  # channels
 
 
-def row_of(height: int, width: int, channels: int, groups: int, size: int, any_channels: bool = False) -> Row | None:
-    """The row of the table for maps of these sides, None where channels last are to be scanned; `any_channels`: where
-    more of them than were faster do not matter. Boxes begin with the map: where one began before it, an H100 stopped
-    with an illegal instruction."""
+def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
+    """The row of the table for maps of these sides, None where channels last are to be scanned. Rows are whole 16
+    bytes."""
     longest = max(height, width)
     own = groups == channels > 1
     for row in ROWS:
-        fits = row.shortest <= longest <= row.longest and (any_channels or channels <= row.channels)
-        if fits and (row.own, row.size) == (own, size) and width % row.lines[0] == 0:
+        fits = row.shortest <= longest <= row.longest
+        if fits and (row.own, row.size) == (own, size) and width % 8 == 0:
             return row
     return None
 
@@ -232,17 +237,23 @@ def row_of(height: int, width: int, channels: int, groups: int, size: int, any_c
 def choose(work: Work, device: Device) -> Variant | None:
     """The variant for `work`, whose features come first already; None where there is none."""
     D, G = work.layout.D, work.layout.G
-    row = row_of(work.H, work.W, D, G, work.size, any_channels=True) if device.boxes else None
+    row = row_of(work.H, work.W, D, G, work.size) if device.boxes else None
     if row is None:
         return None
     cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
-    widths = list(range(row.width, 0, -1))
+    widths = list(range(min(row.width, D), 0, -1))
+    blocks = work.B * len(work.layout.directions) * work.segments
     if cluster == 1:
         # As narrow as all blocks still run at once.
-        blocks = work.B * len(work.layout.directions) * work.segments
         enough = [n for n in widths if blocks * -(-D // n) <= device.processors]
         widths = enough[-1:] + widths
-    options = dict(halo=row.halo, promotion=row.promotion, shared=device.shared)
+    elif not row.own and row.width >= MOST_SPARED:
+        # Clusters run in waves, and slices of a few channels more or less may need one wave less. A wave takes as long
+        # as if a slice had some channels more than it has.
+        at_once = device.processors // cluster
+        spared = [min(n, D) for n in range(row.width, row.width - MOST_SPARED, -2)]
+        widths.insert(0, min(spared, key=lambda n: -(-blocks * -(-D // n) // at_once) * (n + WAVE_COSTS)))
+    options = dict(halo=row.halo, promotion=row.promotion, slots=row.slots, mixed=row.mixed, shared=device.shared)
     made = (
         make_variant(work, n, cluster, row.lines, row.places, row.units, row.normalizers, **options) for n in widths
     )
@@ -262,7 +273,8 @@ def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tu
         CLUSTER=variant.cluster,
         HAS=has,
         DECAY=int(decay),
-        THREADS=_up(variant.threads, 64),
+        THREADS=variant.threads,
+        MIXED=variant.mixed,
     )
     both = dict(SPAN=variant.spans, PLACES=variant.places, LINES=variant.lines, UNIT=variant.units)
     for what, values in both.items():

@@ -22,8 +22,8 @@ from .planes import (
     Work,
     addressable,
     lane_places,
+    up,
 )
-from .planes import _up as up
 
 MAPS = 9  # of x, lam, u, logits, dy, the state and the gradients of x, lam and u, for each of both ways along a map
 FEATURES, GRAD_Y, STATE, GRADS = 0, 5, 4, 6  # tensors, by the number that a launch's boxes have
@@ -157,15 +157,13 @@ class Row(NamedTuple):
     promotion: int = 2
 
 
-# Drawn up without a GPU, from counts of instructions and bytes.
 ROWS = (
     Row(32, 40, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
-    Row(41, 96, False, 2, 96, 5, (16, 8), (3, 4), (4, 2), 4, 4),
-    Row(97, 128, False, 2, 64, 7, (16, 8), (5, 8), (8, 4), 4, 3, 8),
-    Row(129, 1280, False, 2, 64, 8, (16, 8), (5, 8), (8, 4), 4, 3, 8, 2),
+    Row(41, 96, False, 2, 96, 5, (16, 8), (2, 4), (4, 2), 4, 4),
+    Row(129, 640, False, 2, 32, 6, (16, 8), (4, 4), (4, 2), 4, 4),
+    Row(641, 1280, False, 2, 64, 4, (16, 8), (3, 4), (4, 2), 4, 4),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
-    Row(129, 2048, True, 2, 64, 2, (16, 8), (3, 4), (8, 4), 4, 6),
-    Row(129, 2048, True, 4, 64, 2, (8, 8), (3, 4), (4, 2), 4, 6),
+    Row(641, 1280, True, 2, 64, 1, (16, 8), (3, 4), (4, 2), 4, 4),
 )
 
 

@@ -324,9 +324,9 @@ def scans_planes(
     tensor: torch.Tensor, height: int, width: int, channels: int, groups: int = 1, training: bool = False
 ) -> bool:
     """Whether `gspn2_scan_planes` is the faster way to scan such maps on `tensor`'s device and in its type; `training`:
-    with the gradient, for which the table of `planes_backward` decides, not the forward's limits of channels."""
+    with the gradient, too."""
     shape = (height, width, channels, groups, tensor.element_size())
-    known = tensor.dtype in cuda.STORAGE_NAMES and planes.row_of(*shape, any_channels=training) is not None
+    known = tensor.dtype in cuda.STORAGE_NAMES and planes.row_of(*shape) is not None
     if training:
         known = known and planes_backward.row_of(*shape) is not None
     return known and tensor.is_cuda and _has_planes(tensor.get_device())

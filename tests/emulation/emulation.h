@@ -170,6 +170,7 @@ GSPN2_DEVICE T* cluster_peer(T* shared, int rank) {
     return reinterpret_cast<T*>(fiber.block[rank - fiber.rank].shared + offset);
 }
 
+GSPN2_DEVICE int again(int value) { return value; }
 GSPN2_DEVICE float shuffle(float value, int from) {
     auto& fiber = *emulation::machine->now;
     auto& warp = fiber.block->warps[fiber.linear / 32];
@@ -338,10 +339,9 @@ GSPN2_DEVICE void groups_read() {
 }
 GSPN2_DEVICE void engine_fence() {}
 
-GSPN2_DEVICE float fast_exp(float value) { return std::exp(value); }
 GSPN2_DEVICE float fast_exp2(float value) { return std::exp2(value); }
-GSPN2_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 GSPN2_DEVICE float smaller(float a, float b) { return std::fmin(a, b); }
+GSPN2_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 GSPN2_DEVICE float fast_divide(float a, float b) { return a / b; }
 
 struct Half {

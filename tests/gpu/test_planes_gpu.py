@@ -33,7 +33,9 @@ CASES = [
     (Case(1, 24, 2048, 5, gates="none"), HALF),
     (Case(1, 700, 96, 8, 8, ("right", "up"), gates="lam"), TYPES),
     (Case(1, 72, 88, 10), HALF),
-    (Case(1, 72, 104, 10), ()),
+    (Case(1, 72, 104, 10), HALF),
+    (Case(1, 17, 40, 7), HALF),
+    (Case(1, 1024, 1000, 8), HALF),
     (Case(1, 64, 60, 8), ()),
 ]
 
@@ -104,16 +106,16 @@ GRADIENTS = [
     (Case(2, 64, 64, 80), HALF),
     (Case(1, 57, 64, 24, 2, gates="shared"), HALF),
     (Case(1, 72, 88, 10, merge="sum"), HALF),
-    (Case(1, 128, 128, 40), HALF),
-    (Case(1, 100, 120, 12, 2), HALF),
+    (Case(1, 128, 128, 40), ()),
+    (Case(1, 90, 72, 12, 2), HALF),
     (Case(2, 256, 256, 20, normalizer="softmax"), HALF),
     (Case(1, 250, 96, 12, segment=32), HALF),
     (Case(1, 90, 512, 9, decay=True), HALF),
     (Case(1, 1000, 152, 8), HALF),
     (Case(1, 24, 2048, 5, gates="none"), HALF),
     (Case(1, 24, 1400, 5, gates="none", merge="sum"), HALF),
-    (Case(1, 700, 96, 8, 8, ("right", "up"), gates="lam"), TYPES),
-    (Case(1, 130, 132, 4, 4, ("left", "down"), gates="lam"), TYPES[:1]),
+    (Case(1, 700, 96, 8, 8, ("right", "up"), gates="lam"), HALF),
+    (Case(1, 656, 136, 4, 4, ("left", "down"), gates="lam"), HALF),
     (Case(1, 64, 60, 8), ()),
 ]
 
@@ -132,7 +134,8 @@ def check_gradients(case: Case, dtype: torch.dtype, seed: int = 0) -> None:
     sizes = layout_of(case).sizes
     sizes = (*sizes, len(got) - sum(sizes))
     for name, a, b in zip((*NAMES, "padding"), got.split(sizes), expected.split(sizes), strict=True):
-        assert_close(f"d_{name}", a, b)
+        # In float32 the sums over neighbours' differences lose as much in torch on long lines.
+        assert_close(f"d_{name}", a, b, 2e-4 if name == "logits" and dtype == torch.float32 else None)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: str(d).removeprefix("torch."))
