@@ -269,7 +269,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
     // Where registers are short, half of a chunk's lines of a position at a time.
     constexpr bool HALVES = !VERTICAL && PLACES > 4;
     constexpr int AT_ONCE = HALVES ? CHUNK / 2 : CHUNK;
-    // As in planes.cuh.
+    // What of a lane's positions comes from the lower and the higher neighbour, and goes to them, a bit for each of PLACES.
     enum { FROM_LOW = 0, FROM_HIGH = 8, TO_LOW = 16, TO_HIGH = 24 };
     unsigned edges = 0;
     Remote to_low{}, to_high{};
