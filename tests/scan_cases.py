@@ -1,5 +1,7 @@
 """Shapes, inputs and tolerances shared by the CPU, emulated and GPU suites of the scan."""
 
+import os
+import random
 from typing import NamedTuple
 
 import torch
@@ -139,3 +141,10 @@ def planes_options(case: Case) -> dict:
         input_gate=case.gates != "none",
         output_gate=case.gates in ("each", "shared"),
     )
+
+
+def seeded(part: int) -> tuple[int, random.Random]:
+    """A seed, printed, and its generator; GSPN2_TEST_SEED in the environment repeats the one of part 0."""
+    seed = int(os.environ.get("GSPN2_TEST_SEED", random.SystemRandom().randrange(10**6))) + part
+    print(f"part {part}: seed {seed}")
+    return seed, random.Random(seed)

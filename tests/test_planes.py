@@ -1,6 +1,7 @@
 """The scan of features that come first: the kernel in the emulation, the launcher's table, the operator on a CPU."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from gspn2_diffusion.ops.cuda import Launch
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
 from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler
-from .scan_cases import Case, assert_close, make_features, planes_options
+from .scan_cases import Case, assert_close, make_features, planes_options, seeded
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 H100 = DEVICES["h100"]
@@ -86,6 +87,45 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
     for biased in (True, False) if case.W == 16 else (True,):
         got, expected, _ = run(case, dtype, biased)
         assert_close("y", got, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", range(4))
+def test_random_variants_emulated(part, monkeypatch):
+    """A variant that a block can have, of a shape and options that it can."""
+    seed, generator = seeded(part)
+    chosen: dict[str, Any] = {}
+    while True:
+        D = generator.choice((1, 3, 4, 6, 9))
+        case = Case(
+            *(1, generator.randint(1, 60), 8 * generator.randint(1, 8), D, generator.choice((1, D))),
+            directions=tuple(generator.sample(DIRECTIONS, generator.randint(1, 4))),
+            normalizer=generator.choice(("sigmoid", "softmax")),
+            segment=generator.choice((None, None, 16)),
+            gates=generator.choice(("each", "shared", "lam")),
+            decay=generator.random() < 0.2,
+        )
+        dtype = generator.choice((BF16, FP16, FP32))
+        chosen = dict(
+            width=generator.choice((1, 2, 4, 5, 8)),
+            cluster=generator.choice((1, 2, 3, 4)),
+            lines=(generator.choice((8, 16, 32)), generator.choice((2, 4, 8, 16))),
+            places=(generator.randint(1, 8), generator.choice((1, 2, 4, 8))),
+            units=(generator.choice((2, 4, 8)), generator.choice((1, 2, 4))),
+            normalizers=generator.choice((1, 3)),
+            slots=generator.choice((2, 3)),
+            halo=generator.choice((8, 16)),
+            most_stages=generator.choice((2, 3, 8)),
+            mixed=generator.randint(0, 1),
+        )
+        segment = case.segment if case.segment and case.segment < max(case.H, case.W) else 0
+        work = planes.Work(1, case.H, case.W, layout_of(case), segment, dtype.itemsize, case.decay)
+        if planes.make_variant(work, **chosen) is not None:
+            break
+    print(case, dtype, chosen)
+    monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **chosen))
+    got, expected, _ = run(case, dtype, generator.random() < 0.7, seed)
+    assert_close("y", got, expected)
 
 
 # Each row of the table.

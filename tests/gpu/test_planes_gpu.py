@@ -8,9 +8,9 @@ from gspn2_diffusion.layers import GSPN2Layer, scan_layer
 from gspn2_diffusion.ops import cuda, gspn2_scan_planes
 from gspn2_diffusion.ops import scan as scan_module
 
-from ..scan_cases import NAMES, Case, assert_close, make_features, planes_options
+from ..scan_cases import NAMES, Case, assert_close, make_features, planes_options, seeded
 from ..test_planes import _operands, layout_of
-from .test_scan_gpu import HALF, TYPES, _poison_outputs, seeded  # noqa: F401
+from .test_scan_gpu import HALF, TYPES, _poison_outputs  # noqa: F401
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 if torch.cuda.is_available():

@@ -1,7 +1,5 @@
 """The scan on a GPU: the CPU's suite, and what only a GPU can show. One command: pytest -m gpu tests/gpu"""
 
-import os
-import random
 import threading
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 from gspn2_diffusion.ops import cuda, gspn2_scan, gspn2_scan_reference
 
-from ..scan_cases import CASES, Case, assert_close, gradients, make_inputs
+from ..scan_cases import CASES, Case, assert_close, gradients, make_inputs, seeded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 if torch.cuda.is_available():
@@ -100,13 +98,6 @@ def test_without_boxes_by_the_environment(case, boxed, monkeypatch):
     monkeypatch.setattr(cuda, "device_limits", lambda index: limits)
     check(case, torch.bfloat16)
     assert not boxed
-
-
-def seeded(part: int) -> tuple[int, random.Random]:
-    """A seed, printed, and its generator; GSPN2_TEST_SEED in the environment repeats the one of part 0."""
-    seed = int(os.environ.get("GSPN2_TEST_SEED", random.SystemRandom().randrange(10**6))) + part
-    print(f"part {part}: seed {seed}")
-    return seed, random.Random(seed)
 
 
 @pytest.mark.parametrize("part", range(8))
