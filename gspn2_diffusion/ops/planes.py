@@ -6,7 +6,7 @@
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,17 @@ class Layout(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         gate = self.gates * self.D
         return self.D, gate * self.lam, gate * self.u, len(self.directions) * self.G * 3
+
+    @property
+    def starts(self) -> tuple[int, int, int]:
+        """The first planes of lam, u and logits."""
+        x, lam, u, _ = self.sizes
+        return x, x + lam, x + lam + u
+
+    @property
+    def gate_step(self) -> int:
+        """Planes from one direction's gates to the next one's."""
+        return self.D if self.gates > 1 else 0
 
 
 class Work(NamedTuple):
@@ -69,6 +80,11 @@ class Work(NamedTuple):
     @property
     def segments(self) -> int:
         return max(-(-(self.H if along else self.W) // self.lines(along)) for along in self.ways)
+
+    @property
+    def blocks(self) -> int:
+        """For each slice of channels, where lines are not split."""
+        return self.B * len(self.layout.directions) * self.segments
 
 
 class Variant(NamedTuple):
@@ -163,7 +179,7 @@ def make_variant(
     if threads > 1024:
         return None
     slices = -(-D // width)
-    grid = work.B * len(work.layout.directions) * work.segments * slices * cluster
+    grid = work.blocks * slices * cluster
     return Variant(
         width,
         sets,
@@ -221,16 +237,25 @@ MOST_SPARED = 4  # channels fewer than the row's
 WAVE_COSTS = 5  # channels
 
 
+def find_row(rows: Sequence[Any], height: int, width: int, channels: int, groups: int, size: int) -> Any:
+    """The first of `rows` for maps of these sides, None where there is none. Rows of a map are whole 16 bytes."""
+    longest, kind = max(height, width), (groups == channels > 1, size)
+    fits = (row for row in rows if row.shortest <= longest <= row.longest and (row.own, row.size) == kind)
+    return next(fits, None) if width % 8 == 0 else None
+
+
 def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
-    """The row of the table for maps of these sides, None where channels last are to be scanned. Rows are whole 16
-    bytes."""
-    longest = max(height, width)
-    own = groups == channels > 1
-    for row in ROWS:
-        fits = row.shortest <= longest <= row.longest
-        if fits and (row.own, row.size) == (own, size) and width % 8 == 0:
-            return row
-    return None
+    """The row of the table for maps of these sides, None where channels last are to be scanned."""
+    return find_row(ROWS, height, width, channels, groups, size)
+
+
+def cluster_of(row: Any, work: Work) -> int:
+    return next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
+
+
+def narrowest(work: Work, widths: Sequence[int], processors: int) -> list[int]:
+    """Of `widths`, falling, the least with which all blocks still run at once, where one does."""
+    return [n for n in widths if work.blocks * -(-work.layout.D // n) <= processors][-1:]
 
 
 @lru_cache(4096)
@@ -240,19 +265,15 @@ def choose(work: Work, device: Device) -> Variant | None:
     row = row_of(work.H, work.W, D, G, work.size) if device.boxes else None
     if row is None:
         return None
-    cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
-    widths = list(range(min(row.width, D), 0, -1))
-    blocks = work.B * len(work.layout.directions) * work.segments
+    cluster, widths = cluster_of(row, work), list(range(min(row.width, D), 0, -1))
     if cluster == 1:
-        # As narrow as all blocks still run at once.
-        enough = [n for n in widths if blocks * -(-D // n) <= device.processors]
-        widths = enough[-1:] + widths
+        widths = narrowest(work, widths, device.processors) + widths
     elif not row.own and row.width >= MOST_SPARED:
         # Clusters run in waves, and slices of a few channels more or less may need one wave less. A wave takes as long
         # as if a slice had some channels more than it has.
         at_once = device.processors // cluster
         spared = [min(n, D) for n in range(row.width, row.width - MOST_SPARED, -2)]
-        widths.insert(0, min(spared, key=lambda n: -(-blocks * -(-D // n) // at_once) * (n + WAVE_COSTS)))
+        widths.insert(0, min(spared, key=lambda n: -(-work.blocks * -(-D // n) // at_once) * (n + WAVE_COSTS)))
     options = dict(halo=row.halo, promotion=row.promotion, slots=row.slots, mixed=row.mixed, shared=device.shared)
     made = (
         make_variant(work, n, cluster, row.lines, row.places, row.units, row.normalizers, **options) for n in widths
@@ -260,8 +281,10 @@ def choose(work: Work, device: Device) -> Variant | None:
     return next((v for v in made if v is not None), None)
 
 
-def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
-    """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for a state."""
+def kernel_defines(
+    kernel: str, variant: Any, storage: torch.dtype, has: int, decay: bool, pairs: dict[str, str], **more: object
+) -> tuple[str, ...]:
+    """Options that compile `kernel` of gspn2.cu; `pairs`: the variant's fields that both ways have."""
     name = cuda.STORAGE_NAMES[storage]
     choices: dict[str, object] = dict(
         STORAGE=name,
@@ -273,13 +296,51 @@ def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tu
         CLUSTER=variant.cluster,
         HAS=has,
         DECAY=int(decay),
-        THREADS=variant.threads,
-        MIXED=variant.mixed,
+        **more,
     )
-    both = dict(SPAN=variant.spans, PLACES=variant.places, LINES=variant.lines, UNIT=variant.units)
-    for what, values in both.items():
-        choices |= {f"{what}_{way}": value for way, value in zip(WAYS, values, strict=True)}
-    return ("-DGSPN2_PLANES", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
+    for what, field in pairs.items():
+        choices |= {f"{what}_{way}": value for way, value in zip(WAYS, getattr(variant, field), strict=True)}
+    return (f"-DGSPN2_{kernel}", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
+
+
+def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
+    """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for a state."""
+    pairs = dict(SPAN="spans", PLACES="places", LINES="lines", UNIT="units")
+    more = dict(THREADS=variant.threads, MIXED=variant.mixed)
+    return kernel_defines("PLANES", variant, storage, has, decay, pairs, **more)
+
+
+def make_box(
+    work: Work, variant: Any, place: int, along: int, tensor: int, t: torch.Tensor, positions: int, planes: int
+) -> Box:
+    """Of a lane's `positions` and all lines of a box, in so many planes of `t`."""
+    line, size = variant.lines[along], work.size
+    inner = (line, positions) if not along else (positions, line)
+    return Box(
+        place,
+        tensor,
+        t.data_ptr(),
+        (work.W, work.H, work.B, t.shape[0], 1),
+        (*(t.stride(n) * size if t.shape[n] > 1 else 16 for n in (2, 1, 0)), 16),
+        (*inner, 1, planes, 1),
+        size,
+        variant.promotion,
+        0 if along else cuda.SWIZZLES.get(line * size, 0),
+    )
+
+
+def pack_params(
+    work: Work, variant: Any, views: dict[int, tuple[int, ...]], softmax: bool, part_stride: int = 0, parts: int = 1
+) -> bytes:
+    """scan.cuh's Params, with `views` by the number of their tensor."""
+    layout = work.layout
+    packed = sum(direction << 2 * k for k, direction in enumerate(layout.directions))
+    return cuda.PARAMS.pack(
+        *(v for n in range(11) for v in views.get(n, (0,) * 6)),
+        part_stride,
+        *(work.B, work.H, work.W, layout.D, len(layout.directions), layout.G, packed),
+        *(work.segment or max(work.H, work.W), work.segments, variant.slices, parts, softmax),
+    )
 
 
 def make_launch(
@@ -292,48 +353,25 @@ def make_launch(
     state: torch.Tensor | None = None,
 ) -> Launch:
     """`features` (F, B, H, W), `y` (K D, B, H, W) and `state` as `y`, rows of which are contiguous."""
-    layout, size = work.layout, work.size
-    x, lam, u, _ = layout.sizes
-    boxes = []
+    layout, boxes = work.layout, []
 
-    def add(place: int, along: int, tensor: int, t: torch.Tensor, line: int, positions: int, planes: int) -> None:
-        inner = (line, positions) if not along else (positions, line)
-        boxes.append(
-            Box(
-                MAPS * along + place,
-                tensor,
-                t.data_ptr(),
-                (work.W, work.H, work.B, t.shape[0], 1),
-                (*(t.stride(n) * size for n in (2, 1, 0)), 16),
-                (*inner, 1, planes, 1),
-                size,
-                variant.promotion,
-                0 if along else cuda.SWIZZLES.get(line * size, 0),
-            )
-        )
+    def add(place: int, along: int, tensor: int, t: torch.Tensor, positions: int, planes: int) -> None:
+        boxes.append(make_box(work, variant, MAPS * along + place, along, tensor, t, positions, planes))
 
     for along in work.ways:
-        add(0, along, FEATURES, features, variant.lines[along], variant.spans[along], variant.width)
-        add(1, along, FEATURES, features, variant.lines[along], variant.spans[along], 3 * variant.sets)
+        add(0, along, FEATURES, features, variant.spans[along], variant.width)
+        add(1, along, FEATURES, features, variant.spans[along], 3 * variant.sets)
         if not along:
-            add(2, along, Y, y, variant.lines[along], variant.shares[along], 1)
+            add(2, along, Y, y, variant.shares[along], 1)
             if state is not None:
-                add(3, along, STATE, state, variant.lines[along], variant.shares[along], 1)
-    packed = sum(direction << 2 * k for k, direction in enumerate(layout.directions))
-    views: list[tuple[int, ...]] = [(0,) * 6] * 11
-    views[Y] = (y.data_ptr(), y.stride(1), y.stride(2), 1, layout.D * y.stride(0), y.stride(0))
-    if state is not None:
-        views[STATE] = (state.data_ptr(), *views[Y][1:])
-    params = cuda.PARAMS.pack(
-        *(v for view in views for v in view),
-        0,
-        *(work.B, work.H, work.W, layout.D, len(layout.directions), layout.G, packed),
-        *(work.segment or max(work.H, work.W), work.segments, variant.slices, 1, softmax),
-    )
-    gates = layout.D if layout.gates > 1 else 0
-    params += struct.pack(
-        "q6i", 0 if bias is None else bias.data_ptr(), *variant.stages, x, x + lam, x + lam + u, gates
-    )
+                add(3, along, STATE, state, variant.shares[along], 1)
+    views: dict[int, tuple[int, ...]] = {}
+    for n, t in ((Y, y), (STATE, state)):
+        if t is not None:
+            views[n] = (t.data_ptr(), y.stride(1), y.stride(2), 1, layout.D * y.stride(0), y.stride(0))
+    params = pack_params(work, variant, views, softmax)
+    address = 0 if bias is None else bias.data_ptr()
+    params += struct.pack("q6i", address, *variant.stages, *layout.starts, layout.gate_step)
     has = layout.lam + 2 * layout.u + 4 * (bias is not None) + 8 * (state is not None)
     chosen = defines(variant, features.dtype, has, work.decay)
     block = (variant.threads, 1)
@@ -345,6 +383,14 @@ def make_launch(
 def addressable(features: torch.Tensor) -> bool:
     """Whether the copy engine can read these planes: rows of whole 16 bytes, one after another."""
     return features.stride(3) == 1 and not cuda.expanded(features) and cuda._alignment(features) == 16
+
+
+def work_of(features: torch.Tensor, layout: Layout, segment: int, decay: bool) -> Work | None:
+    """None where the features are not as the kernels need them."""
+    _, B, H, W = features.shape
+    if features.dtype not in cuda.STORAGE_NAMES or not features.numel() or not addressable(features):
+        return None
+    return Work(B, H, W, layout, 0 if segment >= max(H, W) else segment, features.element_size(), decay)
 
 
 def scan(
@@ -364,14 +410,11 @@ def scan(
 
     `device` and `execute` are for tests.
     """
-    _, B, H, W = features.shape
-    if features.dtype not in cuda.STORAGE_NAMES or not features.numel() or not addressable(features):
+    work = work_of(features, layout, segment, decay)
+    variant = None if work is None else choose(work, device or cuda.device_limits(features.device.index))
+    if work is None or variant is None:
         return None
-    work = Work(B, H, W, layout, 0 if segment >= max(H, W) else segment, features.element_size(), decay)
-    variant = choose(work, device or cuda.device_limits(features.device.index))
-    if variant is None:
-        return None
-    y = features.new_empty(len(layout.directions) * layout.D, B, H, W)
+    y = features.new_empty(len(layout.directions) * layout.D, *features.shape[1:])
     (execute or cuda._execute)(make_launch(features, bias, y, work, variant, softmax, state))
     return y
 

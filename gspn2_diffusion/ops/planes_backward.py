@@ -11,18 +11,23 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cuda
-from .cuda import Box, Device, Launch
+from .cuda import Device, Launch
 from .planes import (
-    CLUSTERS,
     MOST_SLOTS,
     MOST_STAGES,
     SERVANTS,
-    WAYS,
     Layout,
     Work,
     addressable,
+    cluster_of,
+    find_row,
+    kernel_defines,
     lane_places,
+    make_box,
+    narrowest,
+    pack_params,
     up,
+    work_of,
 )
 
 MAPS = 9  # of x, lam, u, logits, dy, the state and the gradients of x, lam and u, for each of both ways along a map
@@ -114,7 +119,7 @@ def make_variant(
     if threads > 1024:
         return None
     slices = -(-D // width)
-    grid = work.B * len(work.layout.directions) * work.segments * slices * cluster
+    grid = work.blocks * slices * cluster
     return Variant(
         width,
         sets,
@@ -169,9 +174,7 @@ ROWS = (
 
 def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
     """The row of the table for maps of these sides, None where channels last are to be scanned."""
-    longest, own = max(height, width), groups == channels > 1
-    fits = (r for r in ROWS if r.shortest <= longest <= r.longest and (r.own, r.size) == (own, size))
-    return next(fits, None) if width * size % 16 == 0 else None
+    return find_row(ROWS, height, width, channels, groups, size)
 
 
 @lru_cache(4096)
@@ -185,47 +188,21 @@ def choose(work: Work, device: Device) -> Variant | None:
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
     if options["cluster"] == 1:
-        # As narrow as all blocks still run at once.
-        blocks = work.B * len(work.layout.directions) * work.segments
-        enough = [n for n in range(row.width, 0, -1) if blocks * -(-D // n) <= device.processors]
-        widths = enough[-1:] + widths
+        widths = narrowest(work, range(row.width, 0, -1), device.processors) + widths
     made = (make_variant(work, **(options | dict(width=n))) for n in dict.fromkeys(widths))
     return next((v for v in made if v is not None), None)
 
 
 def choices(row: Row, work: Work) -> dict[str, Any]:
     """What `make_variant` takes."""
-    cluster = next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
     names = ("width", "lines", "places", "units", "workers", "normalizers", "halo", "slots", "promotion")
-    return {name: getattr(row, name) for name in names} | dict(cluster=cluster)
+    return {name: getattr(row, name) for name in names} | dict(cluster=cluster_of(row, work))
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 1 for lam, 2 for u, 4 for a bias."""
-    name = cuda.STORAGE_NAMES[storage]
-    choices: dict[str, object] = dict(
-        STORAGE=name,
-        LOGITS=name,
-        WIDTH=variant.width,
-        SETS=variant.sets,
-        SLOTS=variant.slots,
-        HALO=variant.halo,
-        CLUSTER=variant.cluster,
-        HAS=has,
-        DECAY=int(decay),
-        THREADS=up(variant.threads, 64),
-    )
-    both = dict(
-        SPAN=variant.spans,
-        SHARE=variant.shares,
-        PLACES=variant.places,
-        LINES=variant.lines,
-        UNIT=variant.units,
-        STAGES=variant.stages,
-    )
-    for what, values in both.items():
-        choices |= {f"{what}_{way}": value for way, value in zip(WAYS, values, strict=True)}
-    return ("-DGSPN2_PLANES_BACKWARD", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
+    pairs = dict(SPAN="spans", SHARE="shares", PLACES="places", LINES="lines", UNIT="units", STAGES="stages")
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has, decay, pairs, THREADS=up(variant.threads, 64))
 
 
 class Gradients(NamedTuple):
@@ -249,26 +226,10 @@ def make_launch(
     softmax: bool,
 ) -> Launch:
     """`features` (F, B, H, W), `grad_y` (K D or D, B, H, W) and `state` (K D, B, H, W); their rows are contiguous."""
-    layout, size = work.layout, work.size
-    x, lam, u, _ = layout.sizes
-    boxes = []
+    layout, boxes = work.layout, []
 
     def add(place: int, along: int, tensor: int, t: torch.Tensor, positions: int, planes: int) -> None:
-        line = variant.lines[along]
-        inner = (line, positions) if not along else (positions, line)
-        boxes.append(
-            Box(
-                MAPS * along + place,
-                tensor,
-                t.data_ptr(),
-                (work.W, work.H, work.B, t.shape[0], 1),
-                (*(t.stride(n) * size if t.shape[n] > 1 else 16 for n in (2, 1, 0)), 16),
-                (*inner, 1, planes, 1),
-                size,
-                variant.promotion,
-                0 if along else cuda.SWIZZLES.get(line * size, 0),
-            )
-        )
+        boxes.append(make_box(work, variant, MAPS * along + place, along, tensor, t, positions, planes))
 
     for along in work.ways:
         span, share, width = variant.spans[along], variant.shares[along], variant.width
@@ -283,24 +244,16 @@ def make_launch(
             for n, grad in enumerate(grads[:3]):
                 if grad is not None:
                     add(GRADS + n, along, GRADS + n, grad, share, 1)
-    packed = sum(direction << 2 * k for k, direction in enumerate(layout.directions))
-    views: list[tuple[int, ...]] = [(0,) * 6] * 11
+    views: dict[int, tuple[int, ...]] = {}
     for n, grad in enumerate(grads[:3]):
         if grad is not None:
             views[6 + n] = (grad.data_ptr(), *grad.stride()[1:3], 1, layout.D * grad.stride(0), grad.stride(0))
     apart, plane, *steps = grads.logits.stride()
     views[9] = (grads.logits.data_ptr(), *steps[:2], 1, 3 * layout.G * plane, plane)
-    params = cuda.PARAMS.pack(
-        *(v for view in views for v in view),
-        apart,
-        *(work.B, work.H, work.W, layout.D, len(layout.directions), layout.G, packed),
-        *(work.segment or max(work.H, work.W), work.segments, variant.slices, variant.parts, softmax),
-    )
-    gates = layout.D if layout.gates > 1 else 0
+    params = pack_params(work, variant, views, softmax, apart, variant.parts)
+    address = 0 if bias is None else bias.data_ptr()
     per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
-    params += struct.pack(
-        "q6i", 0 if bias is None else bias.data_ptr(), x, x + lam, x + lam + u, gates, per_y, variant.workers
-    )
+    params += struct.pack("q6i", address, *layout.starts, layout.gate_step, per_y, variant.workers)
     has = layout.lam + 2 * layout.u + 4 * (bias is not None)
     chosen = defines(variant, features.dtype, has, work.decay)
     block = (variant.threads, 1)
@@ -315,21 +268,6 @@ def make_launch(
         tuple(boxes),
         2 * MAPS,
     )
-
-
-def work_of(features: torch.Tensor, layout: Layout, segment: int, decay: bool) -> Work:
-    _, B, H, W = features.shape
-    return Work(B, H, W, layout, 0 if segment >= max(H, W) else segment, features.element_size(), decay)
-
-
-def variant_for(
-    features: torch.Tensor, layout: Layout, segment: int, decay: bool, device: Device | None = None
-) -> Variant | None:
-    """None where there is none."""
-    if features.dtype not in cuda.STORAGE_NAMES or not features.numel() or not addressable(features):
-        return None
-    work = work_of(features, layout, segment, decay)
-    return choose(work, device or cuda.device_limits(features.device.index))
 
 
 def scan_backward(
@@ -350,8 +288,9 @@ def scan_backward(
     `grad_y` is (K D, B, H, W), or (D, B, H, W) of the directions' sum; `state` what the forward saved. `device` and
     `execute` are for tests.
     """
-    variant = variant_for(features, layout, segment, decay, device)
-    if variant is None:
+    work = work_of(features, layout, segment, decay)
+    variant = None if work is None else choose(work, device or cuda.device_limits(features.device.index))
+    if work is None or variant is None:
         return None
     run = execute or cuda._execute
     grad_y, state = (t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (grad_y, state))
@@ -376,7 +315,6 @@ def scan_backward(
     grads = Gradients(of_x, gates[0], gates[1], written(parts[3], variant.parts))
     if len(padding):
         sums.append((padding, None))
-    work = work_of(features, layout, segment, decay)
     run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
     if sums:
         run(sum_launch(sums))
@@ -400,6 +338,3 @@ def sum_launch(sums: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Launch:
     name = cuda.STORAGE_NAMES[sums[0][0].dtype]
     chosen = ("-DGSPN2_SUM_PLANES", f"-DGSPN2_STORAGE={name}", "-DGSPN2_CLUSTER=1", f"-DGSPN2_THREADS={SUM_THREADS}")
     return Launch("gspn2_sum_planes", chosen, params, -(-sum(vectors) // SUM_THREADS), (SUM_THREADS, 1), 1, 0)
-
-
-__all__ = ["Variant", "choose", "make_variant", "row_of", "scan_backward", "variant_for"]
