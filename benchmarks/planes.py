@@ -149,7 +149,8 @@ def compile_one(job: Job) -> int:
 
     backward, variant, dtype, has = job
     which = BACKWARD if backward else FORWARD
-    options = ("-std=c++17", *which.module.defines(variant, dtype, has, False))
+    chosen = planes_backward.defines(variant, dtype, has) if backward else planes.defines(variant, dtype, has, False)
+    options = ("-std=c++17", *chosen)
     return cupy.RawModule(code=cuda.kernel_source(), options=options).get_function(which.kernel).local_size_bytes
 
 

@@ -1,43 +1,42 @@
 // The backward scan from planes, from the last line to the first: g = u dy + (three transposed taps of the line after).
 //
 // Only g depends on the line after. So scanning lanes make nothing but g, from dy, u and the weights, and leave it, in the storage
-// type, where they read u (dy, where there is no u). Everything else follows from g without any order, and other warps do it:
-// dx = lam g, dlam = x g, du = h dy, which are products of two stored values, rounded once, and so take two elements an
-// instruction; and dw[t] = the sum over the slice's channels of g[i, j] h[i-1, j+t], channel by channel in the registers of the
-// lane that has these positions, so that no sum leaves a lane before it is complete and has been through the normaliser.
+// type, where they read u (dy, where there is no u). What follows from it, without any order, other warps do: du = h dy, a product of
+// two stored values, rounded once, and so two elements an instruction; and dw[t] = the sum over the slice's channels of
+// g[i, j] h[i-1, j+t], channel by channel in the registers of the lane that has these positions, so that no sum leaves a lane
+// before it is complete and has been through the normaliser.
 //
 //     full (the engine's bytes) -> ready (a chunk's weights) -> scanned (its g) -> used (nobody needs the chunk's weights), done
-//     (nor the stage's boxes; horizontally: the gradients are there) -> empty (they have been read)
+//     (nor the stage's boxes; horizontally: g and du are there) -> empty (they have been read)
 //
 // A task is 16 bytes, for each of 32 lanes, of each channel: a chunk of lines of a position where a line is a column, positions of a
 // line where it is a row. A slice that has only part of its group's channels writes a part of the logits' gradients (through the
-// normaliser they are linear in dw), in the storage type, which loses less than the state has in it. `sum_planes` adds the parts
-// and, for what directions share, the directions.
-// Halos are there for g alone: x and lam are read for the own positions, h for a few more.
+// normaliser they are linear in dw), in the storage type, which loses less than the state has in it.
+// g goes to memory, and `finish_planes` makes of it dx, the sum over the directions of lam g, and dlam = x g: so neither x nor lam
+// is needed here, and a slice has room for more channels. It also adds the parts and, for what directions share, the directions.
 #pragma once
 
 #include "planes.cuh"
 
-enum { BACK_X, BACK_LAM, BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_DX, BACK_DLAM, BACK_DU, BACK_MAPS };
+enum { BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_G, BACK_DU, BACK_MAPS };
 
 struct PlaneBackwardParams {
     TensorMap maps[2][BACK_MAPS];  // for scans along rows and along columns: (column, row, batch, plane, 1)
-    Params scan;                   // its views only of gradients; planes apart by `group`
+    Params scan;                   // its views only of g (as grad_lam) and gradients; planes apart by `group`
     const void* bias;              // of every plane
-    int lam, u, logits;            // their first planes
+    int u, logits;                 // their first planes
     int gates, dy;                 // planes from one direction's gates to the next one's; the same of dy
     int workers;                   // warps that make gradients
 };
 
 // SHARE: positions of SPAN without halos.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int SHARE_, int PLACES_, int LINES_, int STAGES_, int SLOTS_, int UNIT_, int HALO_,
-          int CLUSTER_, int HAS, bool DECAY_, bool VERTICAL_>
+          int CLUSTER_, int HAS, bool VERTICAL_>
 struct BackwardPlaneRing {
     using Type = T;
     static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
     static constexpr int SLOTS = SLOTS_, UNIT = UNIT_, HALO = HALO_, CLUSTER = CLUSTER_;
-    static constexpr bool VERTICAL = VERTICAL_, DECAY = DECAY_;
-    static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
+    static constexpr bool VERTICAL = VERTICAL_, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
     static constexpr int SIZE = sizeof(T), PART = 16 / SIZE;
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
@@ -48,8 +47,7 @@ struct BackwardPlaneRing {
     static_assert(PER_CHANNEL <= 32 && SPAN % 8 == 0 && SPAN % PLACES == 0, "a channel stays within a warp");
     static_assert(LINES % CHUNK == 0 && HALO % CHUNK == 0 && HALO % 8 == 0, "edges are exchanged between chunks");
     // Positions that a box has before the share.
-    static constexpr int LOW = CLUSTER > 1 ? HALO : 0, H_LOW = CLUSTER > 1 ? 8 : 0, LAM_LOW = DECAY ? LOW : 0;
-    static constexpr int H_SPAN = SHARE + 2 * H_LOW, LAM_SPAN = DECAY ? SPAN : SHARE;
+    static constexpr int LOW = CLUSTER > 1 ? HALO : 0, H_LOW = CLUSTER > 1 ? 8 : 0, H_SPAN = SHARE + 2 * H_LOW;
     static_assert(SPAN == SHARE + 2 * LOW, "halos on both sides");
     // Four floats a position: its weights and the sum of its sigmoids. Together, or in rows (planes.cuh).
     static constexpr bool FOURS = PLACES > 1 && PLACES % 2;
@@ -60,11 +58,10 @@ struct BackwardPlaneRing {
     static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
     static constexpr int SLOT = CHUNK * SETS * WEIGHTS, BOXES = HEADER + up(SLOTS * SLOT * 4);
     static constexpr int tile(int span) { return up(WIDTH * LINES * span * SIZE); }
-    static constexpr int DY_AT = 0, U_AT = tile(SPAN), H_AT = U_AT + U * tile(SPAN), X_AT = H_AT + tile(H_SPAN), LAM_AT = X_AT + tile(SHARE);
-    static constexpr int TAPS_AT = LAM_AT + LAM * tile(LAM_SPAN), STAGE = TAPS_AT + up(3 * SETS * LINES * SPAN * SIZE);
+    static constexpr int DY_AT = 0, U_AT = tile(SPAN), H_AT = U_AT + U * tile(SPAN), TAPS_AT = H_AT + tile(H_SPAN);
+    static constexpr int STAGE = TAPS_AT + up(3 * SETS * LINES * SPAN * SIZE);
     static constexpr int G_AT = U ? U_AT : DY_AT;
-    // Bytes that arrive for a stage. Without lam dx is g, and nobody needs x.
-    static constexpr int LOADED = LINES * SIZE * (SPAN * (WIDTH * (1 + U) + 3 * SETS) + WIDTH * (H_SPAN + LAM * (SHARE + LAM_SPAN)));
+    static constexpr int LOADED = LINES * SIZE * (SPAN * (WIDTH * (1 + U) + 3 * SETS) + WIDTH * H_SPAN);  // bytes that arrive for a stage
 
     GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
@@ -113,7 +110,6 @@ GSPN2_DEVICE void load_backward_planes(const PlaneBackwardParams& planes, const 
     const TensorMap* const maps = planes.maps[VERTICAL];
     const int channel = at.slice * R::WIDTH, position = at.start - R::LOW;
     const int logits = planes.logits + 3 * (at.index * p.groups + channel / (p.channels / p.groups));
-    const int gate = at.index * planes.gates + channel;
     Turn turn{0, 0};
     for (int n = 0; n < batch; ++n) turn.next(R::STAGES);
     for (; batch < end; ++batch, turn.next(R::STAGES)) {
@@ -126,12 +122,8 @@ GSPN2_DEVICE void load_backward_planes(const PlaneBackwardParams& planes, const 
         };
         load(R::TAPS_AT, BACK_LOGITS, position, logits);
         load(R::DY_AT, BACK_DY, position, at.index * planes.dy + channel);
-        if constexpr (R::U) load(R::U_AT, BACK_U, position, planes.u + gate);
+        if constexpr (R::U) load(R::U_AT, BACK_U, position, planes.u + at.index * planes.gates + channel);
         load(R::H_AT, BACK_H, at.start - R::H_LOW, at.index * p.channels + channel);
-        if constexpr (R::LAM) {
-            load(R::LAM_AT, BACK_LAM, at.start - R::LAM_LOW, planes.lam + gate);
-            load(R::X_AT, BACK_X, at.start, channel);
-        }
     }
 }
 
@@ -147,12 +139,11 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
         const unsigned char* const box = R::box(turn.stage);
         signal_wait(R::done(turn.stage), turn.parity);
         for (int c = 0; c < count; ++c) {
-            const auto store = [&](int map, int from, int span, int low) {
-                store_box(planes.maps[0][map], line, at.start, at.batch, at.index * all + first + c, 0, box + from + (c * span + low) * R::ROW);
+            const auto store = [&](int map, int from) {
+                store_box(planes.maps[0][map], line, at.start, at.batch, at.index * all + first + c, 0, box + from + (c * R::SPAN + R::LOW) * R::ROW);
             };
-            store(BACK_DX, R::X_AT, R::SHARE, 0);
-            if constexpr (R::LAM) store(BACK_DLAM, R::LAM_AT, R::LAM_SPAN, R::LAM_LOW);
-            if constexpr (R::U) store(BACK_DU, R::DY_AT, R::SPAN, R::LOW);
+            store(BACK_G, R::G_AT);
+            if constexpr (R::U) store(BACK_DU, R::DY_AT);
         }
         end_group();
         groups_read<0>();
@@ -248,7 +239,7 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
 template <bool ASCENDING, typename R>
 GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, const Reach& reach, int thread) {
     using T = typename R::Type;
-    constexpr bool VERTICAL = R::VERTICAL, DECAY = R::DECAY;
+    constexpr bool VERTICAL = R::VERTICAL;
     constexpr int WIDTH = R::WIDTH, SETS = R::SETS, HALO = R::HALO, CLUSTER = R::CLUSTER;
     constexpr int CHUNK = R::CHUNK, PLACES = R::PLACES, VECTORS = VERTICAL ? CHUNK : PLACES;
     const Params& p = planes.scan;
@@ -259,12 +250,10 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
     const int position = own % R::PER_CHANNEL * PLACES;
     const bool idle = lane > last || wanted >= WIDTH;
 
-    T bias[2] = {};  // of u and lam
-    if constexpr (R::BIAS) {
-        const T* const from = global_memory(static_cast<const T*>(planes.bias));
+    [[maybe_unused]] T bias{};  // of u
+    if constexpr (R::BIAS && R::U) {
         const int channel = at.slice * WIDTH + plane, gate = at.index * planes.gates + (channel < p.channels ? channel : p.channels - 1);
-        if constexpr (R::U) bias[0] = from[planes.u + gate];
-        if constexpr (DECAY) bias[1] = from[planes.lam + gate];
+        bias = global_memory(static_cast<const T*>(planes.bias))[planes.u + gate];
     }
     // Where registers are short, half of a chunk's lines of a position at a time.
     constexpr bool HALVES = !VERTICAL && PLACES > 4;
@@ -297,7 +286,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
 #pragma unroll
     for (int k = 0; k < PLACES; ++k) part[k] = VERTICAL ? R::row_part(R::SPAN, plane, 0, position) : R::column_part(R::SPAN, plane, position + k, 0);
 
-    float passed[PLACES] = {}, weight[3][PLACES] = {};  // of the line after, what goes through its taps, and these
+    float passed[PLACES] = {}, weight[3][PLACES] = {};  // of the line after, g and the taps that it goes through
     Turn turn{0, 0}, slot{0, 0};
     int chunk = 0;
     for (int n = 0; n < chunks; ++n) {
@@ -311,14 +300,12 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         if (chunk == 0) signal_wait(R::full(turn.stage), turn.parity);
         // Lines of their own are read one ahead: what is stored between them could be what is read next, for all that the compiler knows.
         using Taken = Words<T, VERTICAL ? PLACES : AT_ONCE>;
-        Taken dy[VECTORS], u[R::U ? VECTORS : 1], lam[DECAY ? VECTORS : 1];
+        Taken dy[VECTORS], u[R::U ? VECTORS : 1];
         const auto take = [&](int v, int half = ASCENDING ? 0 : 1) {
             const unsigned char* const from = box + at_vector(v) + (HALVES ? 8 * half : 0);
             dy[v].load(from + R::DY_AT);
             if constexpr (R::U) u[v].load(from + R::U_AT);
-            if constexpr (DECAY) lam[v].load(from + R::LAM_AT);
-            if constexpr (R::BIAS && R::U) u[v].add(bias[0]);
-            if constexpr (R::BIAS && DECAY) lam[v].add(bias[1]);
+            if constexpr (R::BIAS && R::U) u[v].add(bias);
         };
 #pragma unroll
         for (int v = 0; v < (VERTICAL ? 1 : VECTORS); ++v) take(v);
@@ -403,7 +390,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
             }
 #pragma unroll
             for (int k = 0; k < PLACES; ++k) {
-                passed[k] = DECAY ? (1.f - get(lam, s, k)) * g[k] : g[k];
+                passed[k] = g[k];
 #pragma unroll
                 for (int t = 0; t < 3; ++t) weight[t][k] = w[t][k];
             }
@@ -447,7 +434,7 @@ GSPN2_DEVICE Words<T, N> product(const Words<T, N>& a, const Words<T, N>& b) {
     return result;
 }
 
-// Gradients of what has been scanned, task by task, shared out among `wanted` warps: no more than there are tasks in all slots, or one
+// The gradients of u and of the logits where g is there, and along columns both to memory, task by task, shared out among `wanted` warps: no more than there are tasks in all slots, or one
 // could come to a slot a whole turn before its time, which a parity does not tell.
 template <bool ASCENDING, typename R>
 GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place& at, int thread, int wanted) {
@@ -459,7 +446,6 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
     const BackwardLines lines(at, p);
     const int chunks = lines.batches(R::LINES) * R::CHUNKS, lane = thread % 32, slice = at.slice * R::WIDTH;
     const int count = p.channels - slice < R::WIDTH ? p.channels - slice : R::WIDTH, group = slice / (p.channels / p.groups);
-    const T* const bias = global_memory(static_cast<const T*>(planes.bias));
     const int warps = wanted < R::SLOTS * R::TASKS ? wanted : R::SLOTS * R::TASKS;
     if (thread / 32 >= warps) return;
     const auto begin = [&](const View& view, long long plane) {
@@ -467,19 +453,10 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         return global_memory(static_cast<T*>(view.data)) + at.batch * view.batch + at.index * view.direction + plane * view.group + first;
     };
     T* const grad_logits = begin(p.grad_logits, 3 * group) + at.slice % p.parts * p.part_stride;
-    [[maybe_unused]] T *grad_x = nullptr, *grad_lam = nullptr, *grad_u = nullptr;  // that lanes write
+    [[maybe_unused]] T *g_planes = nullptr, *grad_u = nullptr;  // that lanes write
     if constexpr (VERTICAL) {
-        grad_x = begin(p.grad_x, slice);
-        if constexpr (R::LAM) grad_lam = begin(p.grad_lam, slice);
+        g_planes = begin(p.grad_lam, slice);
         if constexpr (R::U) grad_u = begin(p.grad_u, slice);
-    }
-    T bias_x[WIDTH] = {}, bias_lam[WIDTH] = {};
-    if constexpr (R::BIAS && R::LAM) {
-#pragma unroll
-        for (int c = 0; c < WIDTH; ++c) {
-            const int channel = slice + (c < count ? c : 0);
-            bias_x[c] = bias[channel], bias_lam[c] = bias[planes.lam + at.index * planes.gates + channel];
-        }
     }
     // Of element e of a lane's vector.
     const auto weights_of = [&](float (&four)[4], int slot, int set, int s, int position, int e) {
@@ -519,8 +496,6 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             return VERTICAL ? R::row_part(span, 0, row, position_of_box) : R::column_part(span, 0, position_of_box, place_of_box);
         };
         unsigned char* const of_span = box + offset(R::SPAN, R::LOW + position, place);
-        unsigned char* const of_share = box + offset(R::SHARE, position, place);
-        unsigned char* const of_lam = R::DECAY ? of_span : of_share;
         const unsigned char* const of_h = box + offset(R::H_SPAN, R::H_LOW + position, place);
         // The line before's: of a row whole vectors and both neighbours; of a column, whose vectors are lines, what the one with the
         // next line has, at each of three positions.
@@ -544,7 +519,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         }
         // In memory a vector is part of a row; gradients' rows follow one another.
         const int pixel = VERTICAL ? line * p.width + position : position * p.width + line;
-        [[maybe_unused]] T *to_x = grad_x + pixel, *to_lam = grad_lam + pixel, *to_u = grad_u + pixel;
+        [[maybe_unused]] T *to_g = g_planes + pixel, *to_u = grad_u + pixel;
         T* to_logits = grad_logits + pixel;
         float sum[3][PART] = {};
         // Through the normaliser to memory.
@@ -565,15 +540,10 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             if (c >= count) break;
             // From one channel's plane of a box to another's.
             const auto plane = [&](int span) { return c * R::LINES * span * R::SIZE; };
-            Vector g, dy, h, x, lam;
+            Vector g, dy, h;
             g.load(of_span + R::G_AT + plane(R::SPAN));
             h.load(of_h + R::H_AT + plane(R::H_SPAN));
             if constexpr (R::U) dy.load(of_span + R::DY_AT + plane(R::SPAN));
-            if constexpr (R::LAM) {
-                x.load(of_share + R::X_AT + plane(R::SHARE));
-                lam.load(of_lam + R::LAM_AT + plane(R::LAM_SPAN));
-                if constexpr (R::BIAS) x.add(bias_x[c]), lam.add(bias_lam[c]);
-            }
             float before[3][PART];  // h of the line before, at j - 1, j and j + 1
             if constexpr (VERTICAL) {
                 const unsigned char* const from = of_before[0] + plane(R::H_SPAN);
@@ -601,38 +571,19 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                     }
                 }
             }
-            Vector dx = g, dlam, du;
-            if constexpr (R::LAM) dx = product(lam, g);
-            if constexpr (R::LAM && !R::DECAY) dlam = product(x, g);
+            Vector du;
             if constexpr (R::U) du = product(h, dy);
-            [[maybe_unused]] float mixed[PART];
 #pragma unroll
             for (int e = 0; e < PART; ++e) {
-                float passed = g.get(e);
-                if constexpr (R::DECAY) {
-                    float four[4], carried = 0.f;
-                    weights_of(four, slot, R::SETS > 1 ? c : 0, s, position, e);
-#pragma unroll
-                    for (int t = 0; t < 3; ++t) carried += four[t] * before[t][e];
-                    mixed[e] = (x.get(e) - (VERTICAL && none ? 0.f : carried)) * passed;
-                    passed *= 1.f - lam.get(e);
-                }
+                const float passed = g.get(e);
 #pragma unroll
                 for (int t = 0; t < 3; ++t) sum[t][e] += passed * before[t][e];
             }
-            if constexpr (R::DECAY) {
-                Packed<T, PART> packed;
-                packed.pack(mixed);
-                dlam.load(&packed);
-            }
             if constexpr (VERTICAL) {
-                store_words_if<4>(active, to_x, dx.words);
-                to_x += p.grad_x.group;
-                if constexpr (R::LAM) store_words_if<4>(active, to_lam, dlam.words), to_lam += p.grad_lam.group;
+                store_words_if<4>(active, to_g, g.words);
+                to_g += p.grad_lam.group;
                 if constexpr (R::U) store_words_if<4>(active, to_u, du.words), to_u += p.grad_u.group;
             } else if (active) {
-                dx.store(of_share + R::X_AT + plane(R::SHARE));
-                if constexpr (R::LAM) dlam.store(of_lam + R::LAM_AT + plane(R::LAM_SPAN));
                 if constexpr (R::U) du.store(of_span + R::DY_AT + plane(R::SPAN));
             }
             if constexpr (R::SETS > 1) {
@@ -720,12 +671,12 @@ GSPN2_DEVICE void scan_planes_back(const PlaneBackwardParams& planes, const Plac
 // The sizes are those of `scan_planes`, and what a block has of a line without halos, and stages, for both ways.
 template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int SHARE_ROWS, int SHARE_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS,
           int LINES_ROWS, int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int STAGES_ROWS, int STAGES_COLUMNS, int SLOTS, int HALO, int CLUSTER,
-          int HAS, bool DECAY>
+          int HAS>
 GSPN2_DEVICE void scan_planes_backward(const PlaneBackwardParams& planes) {
     const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
-    using Rows = BackwardPlaneRing<T, WIDTH, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, DECAY, false>;
-    using Columns = BackwardPlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, SHARE_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, STAGES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, DECAY, true>;
+    using Rows = BackwardPlaneRing<T, WIDTH, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
+    using Columns = BackwardPlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, SHARE_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, STAGES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
     if (at.horizontal) {
         scan_planes_back<Rows>(planes, at);
     } else {
@@ -741,31 +692,95 @@ struct PlaneSum {
     long long terms;
 };
 
-[[maybe_unused]] constexpr int MOST_SUMS = 5;
-struct PlaneSums {
+[[maybe_unused]] constexpr int MOST_SUMS = 3;
+
+// What follows from g, and sums that have to wait for all of the scan.
+struct PlaneFinish {
     PlaneSum sums[MOST_SUMS];
+    const void* features;
+    const void* bias;           // of every plane, or none
+    const void* g;              // of every direction and channel, planes apart by `pixels`
+    void* grad;                 // of features
+    long long apart, pixels;    // elements from one plane of features to the next, and of all others
+    int channels, lam, shared;  // none if nothing follows from g; the first plane of lam; whether directions share it
 };
 
-// One thread for 16 bytes of a sum.
 template <typename T>
-GSPN2_DEVICE void sum_planes(const PlaneSums& p) {
+GSPN2_DEVICE void add_planes(const PlaneSum& sum, long long index) {
+    constexpr int PART = 16 / sizeof(T);
+    const T* from = global_memory(static_cast<const T*>(sum.from)) + index * PART;
+    float total[PART] = {};
+#pragma unroll 4
+    for (int term = 0; term < sum.terms; ++term, from += sum.apart) {
+        float value[PART];
+        load_vector<T, PART>(value, from);
+#pragma unroll
+        for (int e = 0; e < PART; ++e) total[e] += value[e];
+    }
+    store_vector<T, PART>(global_memory(static_cast<T*>(sum.to)) + index * PART, total);
+}
+
+// 16 bytes of a channel: dx = the sum over the K directions of lam g, and dlam = x g (in the place of g, if that is where g is).
+template <typename T, int K, bool LAM>
+GSPN2_DEVICE void gradients_of_inputs(const PlaneFinish& p, int channel, long long place) {
+    constexpr int PART = 16 / sizeof(T);
+    using Vector = Words<T, PART>;
+    const T* const features = global_memory(static_cast<const T*>(p.features)) + place;
+    T* const grad = global_memory(static_cast<T*>(p.grad)) + place;
+    Vector g[K], lam[LAM ? K : 1], x;
+    const auto feature = [&](Vector& to, int plane) {
+        to.load(features + plane * p.apart);
+        if (p.bias) to.add(global_memory(static_cast<const T*>(p.bias))[plane]);
+    };
+    const int gates = p.shared ? 1 : K;
+    if constexpr (LAM) {
+        feature(x, channel);
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            if (k < gates) feature(lam[k], p.lam + k * p.channels + channel);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) g[k].load(global_memory(static_cast<const T*>(p.g)) + place + (k * p.channels + channel) * p.pixels);
+    float dx[PART] = {}, of_all[PART] = {};
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int e = 0; e < PART; ++e) {
+            of_all[e] += g[k].get(e);
+            if constexpr (LAM) dx[e] += lam[k < gates ? k : 0].get(e) * g[k].get(e);
+        }
+    }
+    store_vector<T, PART>(grad + channel * p.pixels, LAM ? dx : of_all);
+    if constexpr (LAM) {
+        T* const to = grad + (p.lam + channel) * p.pixels;
+        if (p.shared) {
+#pragma unroll
+            for (int e = 0; e < PART; ++e) of_all[e] *= x.get(e);
+            store_vector<T, PART>(to, of_all);
+        } else {
+#pragma unroll
+            for (int k = 0; k < K; ++k) product(x, g[k]).store(to + k * p.channels * p.pixels);
+        }
+    }
+}
+
+// One thread for 16 bytes of a channel or of a sum.
+template <typename T, int K, bool LAM>
+GSPN2_DEVICE void finish_planes(const PlaneFinish& p) {
     constexpr int PART = 16 / sizeof(T);
     long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const long long vectors = p.pixels / PART;
+    if (index < p.channels * vectors) {
+        // The last ones first: of these most is still in the second-level cache.
+        const int channel = static_cast<int>(index / vectors);
+        gradients_of_inputs<T, K, LAM>(p, p.channels - 1 - channel, (vectors - 1 - (index - channel * vectors)) * PART);
+        return;
+    }
+    index -= p.channels * vectors;
 #pragma unroll
     for (int s = 0; s < MOST_SUMS; ++s) {
-        const PlaneSum& sum = p.sums[s];
-        if (index >= 0 && index < sum.vectors) {
-            const T* from = global_memory(static_cast<const T*>(sum.from)) + index * PART;
-            float total[PART] = {};
-#pragma unroll 4
-            for (int term = 0; term < sum.terms; ++term, from += sum.apart) {
-                float value[PART];
-                load_vector<T, PART>(value, from);
-#pragma unroll
-                for (int e = 0; e < PART; ++e) total[e] += value[e];
-            }
-            store_vector<T, PART>(global_memory(static_cast<T*>(sum.to)) + index * PART, total);
-        }
-        index -= sum.vectors;
+        if (index >= 0 && index < p.sums[s].vectors) add_planes<T>(p.sums[s], index);
+        index -= p.sums[s].vectors;
     }
 }

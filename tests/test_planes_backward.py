@@ -87,8 +87,9 @@ FORCED = [
     (Case(1, 20, 36, 2, normalizer="softmax"), FP32, dict(width=2, lines=(16, 4))),
     (Case(1, 32, 32, 4, segment=16), FP16, dict(width=2, lines=(8, 4))),
     (Case(1, 33, 32, 4, segment=16, directions=("up", "down")), FP16, dict(width=2, lines=(8, 8))),
-    (Case(1, 30, 64, 4, decay=True), FP32, dict(width=4, cluster=2, most_stages=2)),
-    (Case(1, 30, 64, 4, 2, decay=True, normalizer="softmax"), FP16, dict(width=2, cluster=2, most_stages=2)),
+    (Case(1, 30, 64, 4), FP32, dict(width=4, cluster=2, most_stages=2)),
+    (Case(1, 30, 64, 4, 2, normalizer="softmax"), FP16, dict(width=2, cluster=2, most_stages=2)),
+    (Case(1, 17, 24, 3, directions=("up",), gates="none"), BF16, dict(width=2, lines=(16, 8))),
     (Case(1, 72, 64, 4), BF16, dict(width=4, cluster=2, halo=16)),
     (Case(1, 50, 80, 5), FP16, dict(width=5, cluster=3, lines=(16, 16), places=(3, 8), halo=16, most_stages=2)),
     (Case(1, 128, 80, 3), BF16, dict(width=3, cluster=2, lines=(16, 16), places=(5, 8), units=(2, 2))),
@@ -183,7 +184,7 @@ def test_table_gives_a_variant_that_fits():
     for work in works():
         v = planes_backward.choose(work, H100)
         layout = work.layout
-        if planes_backward.row_of(work.H, work.W, layout.D, layout.G, work.size) is None:
+        if work.decay or planes_backward.row_of(work.H, work.W, layout.D, layout.G, work.size) is None:
             assert v is None
             continue
         if v is None:  # a segment that boxes do not divide
@@ -212,11 +213,10 @@ def test_other_devices_and_shapes_have_none():
 
 @needs_compiler
 @pytest.mark.parametrize("choices", [dict(width=5), dict(width=4, cluster=4, halo=16, slots=2)], ids=["one", "cluster"])
-@pytest.mark.parametrize("decay", [False, True], ids=["", "decay"])
-def test_shared_memory_is_what_the_kernel_needs(choices, decay):
-    work = planes.Work(1, 64, 64, layout_of(Case(1, 64, 64, 20)), 0, 2, decay)
+def test_shared_memory_is_what_the_kernel_needs(choices):
+    work = planes.Work(1, 64, 64, layout_of(Case(1, 64, 64, 20)), 0, 2, False)
     v = planes_backward.make_variant(work, **choices, places=(4, 4), most_stages=2)
-    assert library(planes_backward.defines(v, BF16, 15, decay)).needed_shared_bytes(0, 0) == v.shared
+    assert library(planes_backward.defines(v, BF16, 15)).needed_shared_bytes(0, 0) == v.shared
 
 
 @pytest.mark.parametrize("case", [*CASES, Case(1, 4, 5, 3, gates="none", merge="sum")], ids=str)

@@ -30,12 +30,12 @@ from .planes import (
     work_of,
 )
 
-MAPS = 9  # of x, lam, u, logits, dy, the state and the gradients of x, lam and u, for each of both ways along a map
-FEATURES, GRAD_Y, STATE, GRADS = 0, 5, 4, 6  # tensors, by the number that a launch's boxes have
+MAPS = 6  # of u, logits, dy, the state, g and the gradient of u, for each of both ways along a map
+FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number that a launch's boxes have
 H_HALO = 8  # positions of the state on either side of a share
-SUMS = struct.Struct("2Q3q")  # of planes.
-MOST_SUMS = 5
-SUM_THREADS = 256
+SUM = struct.Struct("2Q3q")  # of planes.
+MOST_SUMS = 3
+FINISH_THREADS = 256
 
 
 class Variant(NamedTuple):
@@ -102,8 +102,7 @@ def make_variant(
         at_once[along] = units[along] if along else min(units[along], chunk)
         if not chosen[along] or span > 256 or each > 256 or 3 * sets > 256:
             return None
-        of_h, of_lam = share + (2 * H_HALO if cluster > 1 else 0), span if work.decay else share
-        tiles = [span, *[span] * work.layout.u, of_h, share, *[of_lam] * work.layout.lam]
+        tiles = [span, *[span] * work.layout.u, share + (2 * H_HALO if cluster > 1 else 0)]
         stage = sum(up(width * row * positions) for positions in tiles) + up(3 * sets * row * span)
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
@@ -181,7 +180,7 @@ def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Ro
 def choose(work: Work, device: Device) -> Variant | None:
     """The variant for `work`, None where channels last are to be scanned."""
     D = work.layout.D
-    row = row_of(work.H, work.W, D, work.layout.G, work.size) if device.boxes else None
+    row = row_of(work.H, work.W, D, work.layout.G, work.size) if device.boxes and not work.decay else None
     if row is None:
         return None
     options = choices(row, work) | dict(shared=device.shared)
@@ -199,18 +198,17 @@ def choices(row: Row, work: Work) -> dict[str, Any]:
     return {name: getattr(row, name) for name in names} | dict(cluster=cluster_of(row, work))
 
 
-def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
-    """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 1 for lam, 2 for u, 4 for a bias."""
+def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
+    """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
     pairs = dict(SPAN="spans", SHARE="shares", PLACES="places", LINES="lines", UNIT="units", STAGES="stages")
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has, decay, pairs, THREADS=up(variant.threads, 64))
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, False, pairs, THREADS=up(variant.threads, 64))
 
 
 class Gradients(NamedTuple):
     """What a launch writes: (planes, B, H, W) each, every direction apart; of the logits each slice's part of a group,
     (parts, planes, B, H, W)."""
 
-    x: torch.Tensor
-    lam: torch.Tensor | None
+    g: torch.Tensor
     u: torch.Tensor | None
     logits: torch.Tensor
 
@@ -234,28 +232,25 @@ def make_launch(
     for along in work.ways:
         span, share, width = variant.spans[along], variant.shares[along], variant.width
         halo = H_HALO if variant.cluster > 1 else 0
-        add(0, along, FEATURES, features, share, width)
-        add(1, along, FEATURES, features, span if work.decay else share, width)
-        add(2, along, FEATURES, features, span, width)
-        add(3, along, FEATURES, features, span, 3 * variant.sets)
-        add(4, along, GRAD_Y, grad_y, span, width)
-        add(5, along, STATE, state, share + 2 * halo, width)
+        add(0, along, FEATURES, features, span, width)
+        add(1, along, FEATURES, features, span, 3 * variant.sets)
+        add(2, along, GRAD_Y, grad_y, span, width)
+        add(3, along, STATE, state, share + 2 * halo, width)
         if not along:
-            for n, grad in enumerate(grads[:3]):
-                if grad is not None:
-                    add(GRADS + n, along, GRADS + n, grad, share, 1)
+            add(4, along, G, grads.g, share, 1)
+            if grads.u is not None:
+                add(5, along, GRAD_U, grads.u, share, 1)
     views: dict[int, tuple[int, ...]] = {}
-    for n, grad in enumerate(grads[:3]):
+    for n, grad in ((G, grads.g), (GRAD_U, grads.u)):
         if grad is not None:
-            views[6 + n] = (grad.data_ptr(), *grad.stride()[1:3], 1, layout.D * grad.stride(0), grad.stride(0))
+            views[n] = (grad.data_ptr(), *grad.stride()[1:3], 1, layout.D * grad.stride(0), grad.stride(0))
     apart, plane, *steps = grads.logits.stride()
     views[9] = (grads.logits.data_ptr(), *steps[:2], 1, 3 * layout.G * plane, plane)
     params = pack_params(work, variant, views, softmax, apart, variant.parts)
     address = 0 if bias is None else bias.data_ptr()
     per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
-    params += struct.pack("q6i", address, *layout.starts, layout.gate_step, per_y, variant.workers)
-    has = layout.lam + 2 * layout.u + 4 * (bias is not None)
-    chosen = defines(variant, features.dtype, has, work.decay)
+    params += struct.pack("q5i4x", address, *layout.starts[1:], layout.gate_step, per_y, variant.workers)
+    chosen = defines(variant, features.dtype, 2 * layout.u + 4 * (bias is not None))
     block = (variant.threads, 1)
     return Launch(
         "gspn2_planes_backward",
@@ -283,7 +278,7 @@ def scan_backward(
     device: Device | None = None,
     execute: Callable[[Launch], None] | None = None,
 ) -> torch.Tensor | None:
-    """The gradient of `features`, (F, B, H, W), in a launch and another for sums, None where there is no variant.
+    """The gradient of `features`, (F, B, H, W), in two launches, None where there is no variant.
 
     `grad_y` is (K D, B, H, W), or (D, B, H, W) of the directions' sum; `state` what the forward saved. `device` and
     `execute` are for tests.
@@ -293,10 +288,12 @@ def scan_backward(
     if work is None or variant is None:
         return None
     run = execute or cuda._execute
+    if not features[0].is_contiguous():
+        features = features.contiguous()
     grad_y, state = (t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (grad_y, state))
     grad, K = features.new_empty(features.shape), len(layout.directions)
     sizes = layout.sizes
-    *parts, padding = grad.split((*sizes, len(grad) - sum(sizes)))
+    of_x, of_lam, of_u, of_logits, padding = grad.split((*sizes, len(grad) - sum(sizes)))
     sums: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def written(to: torch.Tensor, terms: int) -> torch.Tensor:
@@ -307,25 +304,33 @@ def scan_backward(
         sums.append((to, apart))
         return apart
 
-    of_x = written(parts[0], K).flatten(0, 1)
-    gates = [
-        written(to, K // layout.gates).flatten(0, 1) if there else None
-        for to, there in zip(parts[1:3], (layout.lam, layout.u), strict=True)
-    ]
-    grads = Gradients(of_x, gates[0], gates[1], written(parts[3], variant.parts))
+    # In the place of lam's gradient, or of x's, where there is just as much of these.
+    places = of_lam if layout.lam else of_x
+    g = places if len(places) == K * layout.D else features.new_empty(K * layout.D, *features.shape[1:])
+    grad_u = written(of_u, K // layout.gates).flatten(0, 1) if layout.u else None
+    grads = Gradients(g, grad_u, written(of_logits, variant.parts))
     if len(padding):
         sums.append((padding, None))
     run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
-    if sums:
-        run(sum_launch(sums))
+    if layout.lam or g is not of_x or sums:
+        run(finish_launch(features, bias, g, grad, layout, sums))
     return grad
 
 
-def sum_launch(sums: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Launch:
-    """Each first tensor becomes the sum of the second's, along its first dimension, or zero."""
+def finish_launch(
+    features: torch.Tensor,
+    bias: torch.Tensor | None,
+    g: torch.Tensor,
+    grad: torch.Tensor,
+    layout: Layout,
+    sums: list[tuple[torch.Tensor, torch.Tensor | None]],
+) -> Launch:
+    """The gradients of x and lam from g, (K D, B, H, W). Each first tensor of `sums` becomes the sum of the second's,
+    along its first dimension, or zero."""
+    needed = layout.lam or g.data_ptr() != grad.data_ptr()
     vectors = [to.nbytes // 16 for to, _ in sums]
     params = b"".join(
-        SUMS.pack(
+        SUM.pack(
             0 if terms is None else terms.data_ptr(),
             to.data_ptr(),
             count,
@@ -334,7 +339,13 @@ def sum_launch(sums: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Launch:
         )
         for (to, terms), count in zip(sums, vectors, strict=True)
     )
-    params += bytes((MOST_SUMS - len(sums)) * SUMS.size)
-    name = cuda.STORAGE_NAMES[sums[0][0].dtype]
-    chosen = ("-DGSPN2_SUM_PLANES", f"-DGSPN2_STORAGE={name}", "-DGSPN2_CLUSTER=1", f"-DGSPN2_THREADS={SUM_THREADS}")
-    return Launch("gspn2_sum_planes", chosen, params, -(-sum(vectors) // SUM_THREADS), (SUM_THREADS, 1), 1, 0)
+    params += bytes((MOST_SUMS - len(sums)) * SUM.size)
+    tensors = (features, bias, g, grad)
+    params += struct.pack("4Q2q", *(0 if t is None else t.data_ptr() for t in tensors), features.stride(0), g.stride(0))
+    K, D = len(layout.directions), layout.D * needed
+    params += struct.pack("3i4x", D, layout.starts[0], layout.gates < K)
+    name = cuda.STORAGE_NAMES[grad.dtype]
+    choices = dict(STORAGE=name, CLUSTER=1, THREADS=FINISH_THREADS, DIRECTIONS=K, HAS=int(layout.lam))
+    chosen = ("-DGSPN2_FINISH_PLANES", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
+    threads = D * grad[0].nbytes // 16 + sum(vectors)
+    return Launch("gspn2_finish_planes", chosen, params, -(-threads // FINISH_THREADS), (FINISH_THREADS, 1), 1, 0)

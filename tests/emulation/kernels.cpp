@@ -7,8 +7,8 @@ using Arguments = BulkParams;
 using Arguments = PlaneParams;
 #elif defined(GSPN2_PLANES_BACKWARD)
 using Arguments = PlaneBackwardParams;
-#elif defined(GSPN2_SUM_PLANES)
-using Arguments = PlaneSums;
+#elif defined(GSPN2_FINISH_PLANES)
+using Arguments = PlaneFinish;
 #else
 using Arguments = Params;
 #endif
@@ -21,8 +21,8 @@ using Arguments = Params;
 #define KERNEL gspn2_planes
 #elif defined(GSPN2_PLANES_BACKWARD)
 #define KERNEL gspn2_planes_backward
-#elif defined(GSPN2_SUM_PLANES)
-#define KERNEL gspn2_sum_planes
+#elif defined(GSPN2_FINISH_PLANES)
+#define KERNEL gspn2_finish_planes
 #elif defined(GSPN2_BULK_BACKWARD)
 #define KERNEL gspn2_bulk_backward
 #elif defined(GSPN2_BACKWARD)
@@ -38,7 +38,7 @@ extern "C" int run(const Arguments* params, int grid, int block_x, int block_y, 
     return error.empty() ? 0 : 1;
 }
 
-#if !defined(GSPN2_SUM_PARTIALS) && !defined(GSPN2_SUM_PLANES)
+#if !defined(GSPN2_SUM_PARTIALS) && !defined(GSPN2_FINISH_PLANES)
 // The kernels' own count of the shared memory that a block needs.
 extern "C" int needed_shared_bytes(int positions, int stages) {
 #if defined(GSPN2_FORWARD)
@@ -55,8 +55,8 @@ extern "C" int needed_shared_bytes(int positions, int stages) {
     using Columns = PlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_COLUMNS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_COLUMNS, GSPN2_SLOTS, GSPN2_UNIT_COLUMNS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, true>;
     return std::max(Rows::BOXES + stages * Rows::STAGE, Columns::BOXES + stages * Columns::STAGE);
 #elif defined(GSPN2_PLANES_BACKWARD)
-    using Rows = BackwardPlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_SHARE_ROWS, GSPN2_PLACES_ROWS, GSPN2_LINES_ROWS, GSPN2_STAGES_ROWS, GSPN2_SLOTS, GSPN2_UNIT_ROWS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY, false>;
-    using Columns = BackwardPlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_COLUMNS, GSPN2_SHARE_COLUMNS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_COLUMNS, GSPN2_STAGES_COLUMNS, GSPN2_SLOTS, GSPN2_UNIT_COLUMNS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY, true>;
+    using Rows = BackwardPlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_SHARE_ROWS, GSPN2_PLACES_ROWS, GSPN2_LINES_ROWS, GSPN2_STAGES_ROWS, GSPN2_SLOTS, GSPN2_UNIT_ROWS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, false>;
+    using Columns = BackwardPlaneRing<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_COLUMNS, GSPN2_SHARE_COLUMNS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_COLUMNS, GSPN2_STAGES_COLUMNS, GSPN2_SLOTS, GSPN2_UNIT_COLUMNS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_HAS, true>;
     return std::max(Rows::BOXES + Rows::STAGES * Rows::STAGE, Columns::BOXES + Columns::STAGES * Columns::STAGE);
 #else
     return backward_shared_bytes(positions, GSPN2_LANES, GSPN2_VEC, GSPN2_CLUSTER);
