@@ -37,6 +37,16 @@ GSPN2_DEVICE float shuffle_up(float value) { return __shfl_up_sync(0xffffffffu, 
 GSPN2_DEVICE float shuffle_down(float value) { return __shfl_down_sync(0xffffffffu, value, 1); }
 GSPN2_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// Of two launches of which the second follows the first (Launch, in gspn2_diffusion/ops/cuda.py): the second's blocks may begin once
+// all of the first have called this, or ended; what the first leaves in memory is there after `launch_before_is_done`.
+#if __CUDA_ARCH__ >= 900
+GSPN2_DEVICE void next_launch_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+GSPN2_DEVICE void launch_before_is_done() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+GSPN2_DEVICE void next_launch_may_begin() {}
+GSPN2_DEVICE void launch_before_is_done() {}
+#endif
+
 // An mbarrier in shared memory: a phase ends when `count` threads have arrived and all bytes that they expect are there. For what
 // a line's edge waits for in a cluster (sending says nothing about the sender's other stores, so it does not wait for them, as
 // a cluster's barrier would), for what the copy engine brings, and between the warps of a block.

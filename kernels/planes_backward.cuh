@@ -673,6 +673,7 @@ template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int 
           int LINES_ROWS, int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int STAGES_ROWS, int STAGES_COLUMNS, int SLOTS, int HALO, int CLUSTER,
           int HAS>
 GSPN2_DEVICE void scan_planes_backward(const PlaneBackwardParams& planes) {
+    next_launch_may_begin();
     const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
     using Rows = BackwardPlaneRing<T, WIDTH, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
@@ -710,7 +711,7 @@ GSPN2_DEVICE void add_planes(const PlaneSum& sum, long long index) {
     constexpr int PART = 16 / sizeof(T);
     const T* from = global_memory(static_cast<const T*>(sum.from)) + index * PART;
     float total[PART] = {};
-#pragma unroll 4
+#pragma unroll 8
     for (int term = 0; term < sum.terms; ++term, from += sum.apart) {
         float value[PART];
         load_vector<T, PART>(value, from);
@@ -732,13 +733,10 @@ GSPN2_DEVICE void gradients_of_inputs(const PlaneFinish& p, int channel, long lo
         to.load(features + plane * p.apart);
         if (p.bias) to.add(global_memory(static_cast<const T*>(p.bias))[plane]);
     };
-    const int gates = p.shared ? 1 : K;
     if constexpr (LAM) {
         feature(x, channel);
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-            if (k < gates) feature(lam[k], p.lam + k * p.channels + channel);
-        }
+        for (int k = 0; k < K; ++k) feature(lam[k], p.lam + (p.shared ? 0 : k * p.channels) + channel);
     }
 #pragma unroll
     for (int k = 0; k < K; ++k) g[k].load(global_memory(static_cast<const T*>(p.g)) + place + (k * p.channels + channel) * p.pixels);
@@ -748,7 +746,7 @@ GSPN2_DEVICE void gradients_of_inputs(const PlaneFinish& p, int channel, long lo
 #pragma unroll
         for (int e = 0; e < PART; ++e) {
             of_all[e] += g[k].get(e);
-            if constexpr (LAM) dx[e] += lam[k < gates ? k : 0].get(e) * g[k].get(e);
+            if constexpr (LAM) dx[e] += lam[k].get(e) * g[k].get(e);
         }
     }
     store_vector<T, PART>(grad + channel * p.pixels, LAM ? dx : of_all);
@@ -765,22 +763,19 @@ GSPN2_DEVICE void gradients_of_inputs(const PlaneFinish& p, int channel, long lo
     }
 }
 
-// One thread for 16 bytes of a channel or of a sum.
+// One thread for 16 bytes of a sum or of a channel.
 template <typename T, int K, bool LAM>
 GSPN2_DEVICE void finish_planes(const PlaneFinish& p) {
     constexpr int PART = 16 / sizeof(T);
+    launch_before_is_done();
     long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const long long vectors = p.pixels / PART;
-    if (index < p.channels * vectors) {
-        // The last ones first: of these most is still in the second-level cache.
-        const int channel = static_cast<int>(index / vectors);
-        gradients_of_inputs<T, K, LAM>(p, p.channels - 1 - channel, (vectors - 1 - (index - channel * vectors)) * PART);
-        return;
-    }
-    index -= p.channels * vectors;
 #pragma unroll
     for (int s = 0; s < MOST_SUMS; ++s) {
         if (index >= 0 && index < p.sums[s].vectors) add_planes<T>(p.sums[s], index);
         index -= p.sums[s].vectors;
     }
+    const long long vectors = p.pixels / PART;
+    const int channel = index < 0 ? p.channels : static_cast<int>(index / vectors);
+    // The last ones first: of these most is still in the second-level cache.
+    if (channel < p.channels) gradients_of_inputs<T, K, LAM>(p, p.channels - 1 - channel, (vectors - 1 - (index - channel * vectors)) * PART);
 }

@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -76,11 +75,13 @@ def emulate_driver(monkeypatch: pytest.MonkeyPatch, known: bool = True) -> list[
         encoded = encode_box(box).ljust(cuda.MAP_BYTES, b"\0")
         return encoded if known else encoded[:-8] + encoded[:8]
 
-    def function(launch: Launch, _index: int) -> Callable[..., None]:
+    def function(launch: Launch, _index: int) -> None:
         launches.append(launch)
-        return lambda grid, block, arguments, shared, stream: execute(launch, arguments=arguments[0].tobytes())
 
-    for name, value in dict(_encode=encode, _function=function, _templates={}, _stream=lambda index: None).items():
+    def start(_function: None, launch: Launch, params: bytearray, _index: int) -> None:
+        execute(launch, arguments=bytes(params))
+
+    for name, value in dict(_encode=encode, _function=function, _templates={}, _start=start).items():
         monkeypatch.setattr(cuda, name, value)
     return launches
 

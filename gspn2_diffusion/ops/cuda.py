@@ -15,7 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 STORAGE_NAMES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
@@ -117,6 +116,7 @@ class Launch(NamedTuple):
     shared: int
     boxes: tuple[Box, ...] = ()
     maps: int = 2 * MAPS  # places for them
+    follows: bool = False  # whether it may begin before the launch before it has ended, and waits for that itself
 
     def arguments(self, encode: Callable[[Box], bytes]) -> bytearray:
         """The kernel's parameters, a multiple of 64 bytes where it has maps."""
@@ -704,23 +704,45 @@ def _function(launch: Launch, index: int) -> Any:
     return _functions[key]
 
 
-_streams: dict[tuple[int, int], Any] = {}
 # The address alone, without an object around it: what Triton's launches use. Not in torch's builds for the CPU.
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def _stream(index: int) -> Any:
-    """CuPy's name for torch's current stream."""
-    key = (index, _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream)
-    stream = _streams.get(key)
-    if stream is None:
-        stream = _streams[key] = _import_cupy().cuda.ExternalStream(key[1], index)
-    return stream
+class _Config(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    ]
+
+
+# The driver's CUlaunchAttribute for a launch that follows: PROGRAMMATIC_STREAM_SERIALIZATION.
+_FOLLOWS = ctypes.create_string_buffer(struct.pack("I4xi60x", 6, 1))
 
 
 @cache
 def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    return driver
+
+
+def _start(function: Any, launch: Launch, params: bytearray, index: int) -> None:
+    """`launch` with these parameters, on torch's current stream."""
+    stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream
+    given = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(params)))
+    attributes = (ctypes.addressof(_FOLLOWS), 1) if launch.follows else (None, 0)
+    config = _Config(launch.grid, 1, 1, *launch.block, 1, launch.shared, stream, *attributes)
+    error = _driver().cuLaunchKernelEx(ctypes.byref(config), function.ptr, ctypes.byref(given), None)
+    if error:
+        raise RuntimeError(
+            f"The driver did not start {launch.kernel} (CUDA error {error}); run with CUDA_LAUNCH_BLOCKING=1 to see "
+            "whether an earlier kernel failed."
+        )
 
 
 def _encode(box: Box) -> bytes | None:
@@ -778,20 +800,9 @@ def encode_box(box: Box) -> bytes:
     return template[:place] + _ADDRESS.pack(box.address) + template[place + 8 :]
 
 
-@cache
-def _struct(size: int) -> np.dtype:
-    return np.dtype((np.void, size))
-
-
-def _packed(arguments: bytearray) -> np.ndarray:
-    return np.frombuffer(arguments, _struct(len(arguments)))
-
-
 def _execute(launch: Launch) -> None:
     index = torch.cuda.current_device()
-    function = _function(launch, index)
-    arguments = _packed(launch.arguments(encode_box))
-    function((launch.grid,), launch.block, (arguments,), launch.shared, _stream(index))
+    _start(_function(launch, index), launch, launch.arguments(encode_box), index)
 
 
 Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
@@ -804,8 +815,7 @@ class Repeated:
 
     def __init__(self, launch: Launch, index: int, words: Iterable[tuple[int, int]] = ()) -> None:
         self.index = index
-        self.function = _function(launch, index)
-        self.grid, self.block, self.shared = (launch.grid,), launch.block, launch.shared
+        self.function, self.launch = _function(launch, index), launch
         self.params = launch.arguments(encode_box)
         places = [(box, _template(box)[1]) for box in launch.boxes]
         self.words = [
@@ -823,7 +833,7 @@ class Repeated:
         for box in self.maps:
             encoded = encode_box(box._replace(address=addresses[box.tensor]))
             params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
-        self.function(self.grid, self.block, (_packed(params),), self.shared, _stream(self.index))
+        _start(self.function, self.launch, params, self.index)
 
 
 class Plan:

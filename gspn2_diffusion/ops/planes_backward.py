@@ -159,15 +159,17 @@ class Row(NamedTuple):
     halo: int = 16
     slots: int = 3
     promotion: int = 2
+    whole: int = 0  # channels up to which a slice has all: then there are no parts of the logits' gradients to add
 
 
 ROWS = (
-    Row(32, 40, False, 2, 40, 10, (16, 8), (2, 2), (4, 2), 4, 4),
+    Row(32, 40, False, 2, 40, 10, (16, 8), (1, 2), (4, 2), 3, 4),
     Row(41, 96, False, 2, 96, 5, (16, 8), (2, 4), (4, 2), 4, 4),
-    Row(129, 640, False, 2, 32, 6, (16, 8), (4, 4), (4, 2), 4, 4),
-    Row(641, 1280, False, 2, 64, 4, (16, 8), (3, 4), (4, 2), 4, 4),
+    Row(97, 128, False, 2, 64, 6, (16, 8), (3, 4), (2, 2), 4, 4),
+    Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4),
+    Row(641, 1280, False, 2, 64, 5, (16, 8), (3, 4), (8, 2), 3, 3, whole=8),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
-    Row(641, 1280, True, 2, 64, 1, (16, 8), (3, 4), (4, 2), 4, 4),
+    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4),
 )
 
 
@@ -186,6 +188,8 @@ def choose(work: Work, device: Device) -> Variant | None:
     options = choices(row, work) | dict(shared=device.shared)
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
+    if row.whole >= D:
+        widths.insert(0, D)
     if options["cluster"] == 1:
         widths = narrowest(work, range(row.width, 0, -1), device.processors) + widths
     made = (make_variant(work, **(options | dict(width=n))) for n in dict.fromkeys(widths))
@@ -348,4 +352,6 @@ def finish_launch(
     choices = dict(STORAGE=name, CLUSTER=1, THREADS=FINISH_THREADS, DIRECTIONS=K, HAS=int(layout.lam))
     chosen = ("-DGSPN2_FINISH_PLANES", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
     threads = D * grad[0].nbytes // 16 + sum(vectors)
-    return Launch("gspn2_finish_planes", chosen, params, -(-threads // FINISH_THREADS), (FINISH_THREADS, 1), 1, 0)
+    return Launch(
+        "gspn2_finish_planes", chosen, params, -(-threads // FINISH_THREADS), (FINISH_THREADS, 1), 1, 0, follows=True
+    )

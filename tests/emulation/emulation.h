@@ -338,6 +338,8 @@ GSPN2_DEVICE void groups_read() {
     }
 }
 GSPN2_DEVICE void engine_fence() {}
+GSPN2_DEVICE void next_launch_may_begin() {}
+GSPN2_DEVICE void launch_before_is_done() {}
 
 GSPN2_DEVICE float fast_exp2(float value) { return std::exp2(value); }
 GSPN2_DEVICE float smaller(float a, float b) { return std::fmin(a, b); }
