@@ -585,9 +585,10 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < stages; ++stage) signal_init(R::full(stage));
         signals_ready();
-        // On its way before the block, or even the cluster, has met.
-        if (at.owned) load_planes<R>(planes, at, reach, 0, 1);
     }
+    launch_before_is_done();
+    // On its way before the block, or even the cluster, has met.
+    if (threadIdx.x == 0 && at.owned) load_planes<R>(planes, at, reach, 0, 1);
     if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
         const int stage = threadIdx.x - 32;
         signal_init(R::done(stage), R::WARPS * WARP_ARRIVALS);

@@ -284,7 +284,12 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
     const float from_lower = position > 0, from_higher = position + PLACES < R::SPAN;
     int part[PLACES];  // bytes into the boxes of SPAN positions
 #pragma unroll
-    for (int k = 0; k < PLACES; ++k) part[k] = VERTICAL ? R::row_part(R::SPAN, plane, 0, position) : R::column_part(R::SPAN, plane, position + k, 0);
+    for (int k = 0; k < PLACES; ++k) {
+        const int of_plane = idle ? 0 : plane, of_position = idle ? 0 : position + k;
+        part[k] = VERTICAL ? R::row_part(R::SPAN, of_plane, 0, of_position) : R::column_part(R::SPAN, of_plane, of_position, 0);
+    }
+    // An idle lane does not read what another one writes, g in the place of u or dy, but h.
+    const int away = idle ? R::H_AT - R::G_AT : 0;
 
     float passed[PLACES] = {}, weight[3][PLACES] = {};  // of the line after, g and the taps that it goes through
     Turn turn{0, 0}, slot{0, 0};
@@ -303,8 +308,8 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         Taken dy[VECTORS], u[R::U ? VECTORS : 1];
         const auto take = [&](int v, int half = ASCENDING ? 0 : 1) {
             const unsigned char* const from = box + at_vector(v) + (HALVES ? 8 * half : 0);
-            dy[v].load(from + R::DY_AT);
-            if constexpr (R::U) u[v].load(from + R::U_AT);
+            dy[v].load(from + R::DY_AT + (R::U ? 0 : away));
+            if constexpr (R::U) u[v].load(from + R::U_AT + away);
             if constexpr (R::BIAS && R::U) u[v].add(bias);
         };
 #pragma unroll
@@ -540,10 +545,13 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             if (c >= count) break;
             // From one channel's plane of a box to another's.
             const auto plane = [&](int span) { return c * R::LINES * span * R::SIZE; };
-            Vector g, dy, h;
+            Vector g, dy{}, h;
             g.load(of_span + R::G_AT + plane(R::SPAN));
             h.load(of_h + R::H_AT + plane(R::H_SPAN));
-            if constexpr (R::U) dy.load(of_span + R::DY_AT + plane(R::SPAN));
+            if constexpr (R::U) {
+                // Along rows du comes there, and a lane without a task has another one's place.
+                if (VERTICAL || R::TASK_LANES % 32 == 0 || unit < R::TASK_LANES) dy.load(of_span + R::DY_AT + plane(R::SPAN));
+            }
             float before[3][PART];  // h of the line before, at j - 1, j and j + 1
             if constexpr (VERTICAL) {
                 const unsigned char* const from = of_before[0] + plane(R::H_SPAN);
@@ -617,9 +625,10 @@ GSPN2_DEVICE void scan_planes_back(const PlaneBackwardParams& planes, const Plac
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < R::STAGES; ++stage) signal_init(R::full(stage));
         signals_ready();
-        // On its way before the block, or even the cluster, has met.
-        if (at.owned) load_backward_planes<R>(planes, at, 0, ahead);
     }
+    launch_before_is_done();
+    // On its way before the block, or even the cluster, has met.
+    if (threadIdx.x == 0 && at.owned) load_backward_planes<R>(planes, at, 0, ahead);
     if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
         const int stage = threadIdx.x - 32;
         // The last chunk's tasks of the stage before read its first line of h, too.

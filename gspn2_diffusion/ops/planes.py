@@ -219,12 +219,14 @@ class Row(NamedTuple):
     promotion: int = 2
     slots: int = 3
     mixed: int = 0
+    once: bool = False  # only where all blocks run at once, and are on more than half of the processors
 
 
 ROWS = (
     Row(32, 40, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 2, promotion=0),
     Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 6, promotion=0),
     Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8),
+    Row(129, 383, False, 2, 128, 5, (16, 8), (5, 8), (4, 2), 4, 32, slots=2, once=True),
     Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1),
     Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 6, 16, slots=2, mixed=1),
     Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16),
@@ -237,16 +239,17 @@ MOST_SPARED = 4  # channels fewer than the row's
 WAVE_COSTS = 5  # channels
 
 
-def find_row(rows: Sequence[Any], height: int, width: int, channels: int, groups: int, size: int) -> Any:
-    """The first of `rows` for maps of these sides, None where there is none. Rows of a map are whole 16 bytes."""
+def find_rows(rows: Sequence[Any], height: int, width: int, channels: int, groups: int, size: int) -> list[Any]:
+    """Those of `rows` that are for maps of these sides; the first that can be is taken. Rows of a map are whole 16
+    bytes."""
     longest, kind = max(height, width), (groups == channels > 1, size)
-    fits = (row for row in rows if row.shortest <= longest <= row.longest and (row.own, row.size) == kind)
-    return next(fits, None) if width % 8 == 0 else None
+    fits = [row for row in rows if row.shortest <= longest <= row.longest and (row.own, row.size) == kind]
+    return fits if width % 8 == 0 else []
 
 
-def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
-    """The row of the table for maps of these sides, None where channels last are to be scanned."""
-    return find_row(ROWS, height, width, channels, groups, size)
+def rows_of(height: int, width: int, channels: int, groups: int, size: int) -> list[Row]:
+    """The rows of the table for maps of these sides, none where channels last are to be scanned."""
+    return find_rows(ROWS, height, width, channels, groups, size)
 
 
 def cluster_of(row: Any, work: Work) -> int:
@@ -261,12 +264,18 @@ def narrowest(work: Work, widths: Sequence[int], processors: int) -> list[int]:
 @lru_cache(4096)
 def choose(work: Work, device: Device) -> Variant | None:
     """The variant for `work`, whose features come first already; None where there is none."""
-    D, G = work.layout.D, work.layout.G
-    row = row_of(work.H, work.W, D, G, work.size) if device.boxes else None
-    if row is None:
-        return None
-    cluster, widths = cluster_of(row, work), list(range(min(row.width, D), 0, -1))
-    if cluster == 1:
+    rows = rows_of(work.H, work.W, work.layout.D, work.layout.G, work.size) if device.boxes else []
+    made = (variant_of(row, work, device) for row in rows)
+    return next((v for v in made if v is not None), None)
+
+
+def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
+    D, cluster = work.layout.D, cluster_of(row, work)
+    widths = list(range(min(row.width, D), 0, -1))
+    if row.once:
+        at_once = device.processors // cluster
+        widths = [n for n in narrowest(work, widths[:2], at_once) if 2 * work.blocks * -(-D // n) > at_once]
+    elif cluster == 1:
         widths = narrowest(work, widths, device.processors) + widths
     elif not row.own and row.width >= MOST_SPARED:
         # Clusters run in waves, and slices of a few channels more or less may need one wave less. A wave takes as long
@@ -376,7 +385,16 @@ def make_launch(
     chosen = defines(variant, features.dtype, has, work.decay)
     block = (variant.threads, 1)
     return Launch(
-        "gspn2_planes", chosen, params, variant.grid, block, variant.cluster, variant.shared, tuple(boxes), 2 * MAPS
+        "gspn2_planes",
+        chosen,
+        params,
+        variant.grid,
+        block,
+        variant.cluster,
+        variant.shared,
+        tuple(boxes),
+        2 * MAPS,
+        follows=True,
     )
 
 

@@ -20,7 +20,7 @@ from .planes import (
     Work,
     addressable,
     cluster_of,
-    find_row,
+    find_rows,
     kernel_defines,
     lane_places,
     make_box,
@@ -175,7 +175,7 @@ ROWS = (
 
 def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
     """The row of the table for maps of these sides, None where channels last are to be scanned."""
-    return find_row(ROWS, height, width, channels, groups, size)
+    return next(iter(find_rows(ROWS, height, width, channels, groups, size)), None)
 
 
 @lru_cache(4096)
@@ -266,6 +266,7 @@ def make_launch(
         variant.shared,
         tuple(boxes),
         2 * MAPS,
+        follows=True,
     )
 
 

@@ -326,7 +326,7 @@ def scans_planes(
     """Whether `gspn2_scan_planes` is the faster way to scan such maps on `tensor`'s device and in its type; `training`:
     with the gradient, too."""
     shape = (height, width, channels, groups, tensor.element_size())
-    known = tensor.dtype in cuda.STORAGE_NAMES and planes.row_of(*shape) is not None
+    known = tensor.dtype in cuda.STORAGE_NAMES and bool(planes.rows_of(*shape))
     if training:
         known = known and planes_backward.row_of(*shape) is not None
     return known and tensor.is_cuda and _has_planes(tensor.get_device())
