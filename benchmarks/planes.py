@@ -75,7 +75,7 @@ class Pass(NamedTuple):
     usual: Chosen  # in a first round
 
 
-FORWARD = Pass(planes, "gspn2_planes", COMMON | dict(mixed=(0, 1)), dict(mixed=1))
+FORWARD = Pass(planes, "gspn2_planes", COMMON | dict(mixed=(0, 1), keep=(0, 1)), dict(mixed=1, keep=0))
 BACKWARD = Pass(planes_backward, "gspn2_planes_backward", COMMON | dict(workers=(2, 3, 4, 6, 8)), dict(workers=4))
 PAIRS = ("lines", "places", "units")
 Job = tuple[bool, Variant, torch.dtype, int]
@@ -212,7 +212,7 @@ class Search:
         return dict(shape=self.name, us=us, error=error, key=variant, **variant._asdict())
 
 
-SHOWN = "width cluster spans lines places units stages slots normalizers halo workers promotion mixed grid threads"
+SHOWN = "width cluster spans lines places units stages slots normalizers halo workers promotion mixed keep grid threads"
 
 
 def shown(v: Variant) -> str:

@@ -249,7 +249,9 @@ def attempt(what: str, work: Callable[[], float]) -> float | None:
         return None
 
 
-def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare: bool, backward: bool) -> list[dict]:
+def measure(
+    name: str, dtype_name: str, timer: Timer, bandwidth: float, compare: bool, backward: bool, both: bool
+) -> list[dict]:
     shape, dtype, device = SHAPES[name], DTYPES[dtype_name], timer.device
     bytes_moved = floor_bytes(shape, dtype, False)
     sets = max(1, min(8, (200 << 20) // bytes_moved)) if device.type == "cuda" else 1
@@ -264,7 +266,8 @@ def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare:
             row["error"] = error_of_planes(*featured[0], shape)
             row["python_us"] = python_us(lambda: scan_features(*featured[0], shape))
             del featured
-        row["last_us"] = timer(lambda i: gspn2_scan(*inputs[i], directions=shape.directions), sets) * 1e6
+        if both or not first:
+            row["last_us"] = timer(lambda i: gspn2_scan(*inputs[i], directions=shape.directions), sets) * 1e6
         if not first:
             row["error"] = error_of_last(inputs[0], shape)
             row["python_us"] = python_us(lambda: gspn2_scan(*inputs[0], directions=shape.directions))
@@ -286,10 +289,12 @@ def measure(name: str, dtype_name: str, timer: Timer, bandwidth: float, compare:
         if not backward:
             return rows
 
-        row = dict(shape=name, dtype=dtype_name, work="backward", last_us=last_backward(inputs[0], shape, timer) * 1e6)
-        row["us"] = row["last_us"]
+        row = dict(shape=name, dtype=dtype_name, work="backward")
         bytes_moved = floor_bytes(shape, dtype, True)
-        if scans_planes(torch.empty(0, dtype=dtype, device=device), shape.H, shape.W, shape.D, shape.G, training=True):
+        first = scans_planes(inputs[0][0], shape.H, shape.W, shape.D, shape.G, training=True)
+        if both or not first:
+            row["us"] = row["last_us"] = last_backward(inputs[0], shape, timer) * 1e6
+        if first:
             featured = make_features(shape, dtype, device)
             given = backward_operands(*featured, shape)
             row["us"] = row["planes_us"] = timer(lambda _: torch.ops.gspn2.scan_planes_backward(*given)) * 1e6
@@ -353,6 +358,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-backward", action="store_true", help="only the forward")
     parser.add_argument("--no-compare", action="store_true", help="only the scan itself")
+    parser.add_argument("--taken", action="store_true", help="only with the features as the layer takes them")
     return parser.parse_args()
 
 
@@ -371,7 +377,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                new = measure(shape, dtype, timer, bandwidth, not args.no_compare, not args.no_backward)
+                new = measure(shape, dtype, timer, bandwidth, not args.no_compare, not args.no_backward, not args.taken)
             except torch.OutOfMemoryError as error:
                 print(f"{shape} {dtype}: {str(error).splitlines()[0]}")
                 continue

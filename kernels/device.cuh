@@ -122,13 +122,23 @@ template <int N>
 GSPN2_DEVICE void send(float* target, const float (&values)[N], Signal* signal, int rank) {
     send_if(true, remote(target, signal, rank), 0, 0, values);
 }
+#define GSPN2_LOAD_BOX "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
 // A map's box at these coordinates, channels fastest, into shared memory (128-byte aligned); zeros where the tensor has nothing.
+// KEEP: the second-level cache keeps it longer than other lines.
+template <bool KEEP = false>
 GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int position, int line, int direction, int batch, Signal* signal) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(
-            shared_address(to)),
-        "l"(&map), "r"(shared_address(signal)), "r"(channel), "r"(position), "r"(line), "r"(direction), "r"(batch)
-        : "memory");
+    const unsigned target = shared_address(to), full = shared_address(signal);
+    if constexpr (!KEEP) {
+        asm volatile(GSPN2_LOAD_BOX " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(target), "l"(&map), "r"(full), "r"(channel), "r"(position), "r"(line),
+                     "r"(direction), "r"(batch)
+                     : "memory");
+    } else {
+        unsigned long long policy;
+        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile(GSPN2_LOAD_BOX ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(target), "l"(&map), "r"(full), "r"(channel),
+                     "r"(position), "r"(line), "r"(direction), "r"(batch), "l"(policy)
+                     : "memory");
+    }
 }
 // The way back, of what the tensor has.
 GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int line, int direction, int batch, const void* from) {
@@ -148,6 +158,7 @@ GSPN2_DEVICE void signals_ready() {}
 GSPN2_DEVICE void cluster_ready() {}
 GSPN2_DEVICE void signal_expect(Signal*, int) {}
 GSPN2_DEVICE void signal_arrive(Signal*) {}
+template <bool KEEP = false>
 GSPN2_DEVICE void load_box(void*, const TensorMap&, int, int, int, int, int, Signal*) {}
 GSPN2_DEVICE void store_box(const TensorMap&, int, int, int, int, int, const void*) {}
 GSPN2_DEVICE void end_group() {}

@@ -95,11 +95,13 @@ GSPN2_DEVICE int plane_line(const Place& at, const Params& p, int batch) {
     return ((p.width - at.first + R::LINES - 1) / R::LINES - 1 - batch) * R::LINES;
 }
 
+template <bool KEEP = false>
 GSPN2_DEVICE void plane_box(void* to, const TensorMap& map, bool vertical, int line, int position, int batch, int plane, Signal* signal) {
-    load_box(to, map, vertical ? position : line, vertical ? line : position, batch, plane, 0, signal);
+    load_box<KEEP>(to, map, vertical ? position : line, vertical ? line : position, batch, plane, 0, signal);
 }
 
-template <typename R>
+// KEEP: x, which every direction reads, stays in the second-level cache rather than the rest.
+template <bool KEEP, typename R>
 GSPN2_DEVICE void load_planes(const PlaneParams& planes, const Place& at, const Reach& reach, int batch, int end) {
     constexpr bool VERTICAL = R::VERTICAL;
     const Params& p = planes.scan;
@@ -129,7 +131,7 @@ GSPN2_DEVICE void load_planes(const PlaneParams& planes, const Place& at, const 
         if constexpr (!R::STATE) load_u();
         if (!VERTICAL && waits && early) signal_wait(R::empty(stage), turn.parity ^ 1);
         if constexpr (R::STATE) load_u();
-        plane_box(R::box(stage, 0), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, channel, full);
+        plane_box<KEEP>(R::box(stage, 0), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, channel, full);
     }
 }
 
@@ -569,7 +571,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
     }
 }
 
-template <bool DECAY, int THREADS, typename R>
+template <bool DECAY, int THREADS, bool KEEP, typename R>
 GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) {
     constexpr bool VERTICAL = R::VERTICAL;
     constexpr int LINES = R::LINES, HALO = R::HALO, CLUSTER = R::CLUSTER;
@@ -585,10 +587,10 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < stages; ++stage) signal_init(R::full(stage));
         signals_ready();
+        launch_before_is_done();
+        // On its way before the block, or even the cluster, has met.
+        if (at.owned) load_planes<KEEP, R>(planes, at, reach, 0, 1);
     }
-    launch_before_is_done();
-    // On its way before the block, or even the cluster, has met.
-    if (threadIdx.x == 0 && at.owned) load_planes<R>(planes, at, reach, 0, 1);
     if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
         const int stage = threadIdx.x - 32;
         signal_init(R::done(stage), R::WARPS * WARP_ARRIVALS);
@@ -607,9 +609,10 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
         block_barrier();
     }
     if (!at.owned) return;
+    launch_before_is_done();
     const int thread = threadIdx.x - 32 * BULK_SERVANTS;
     if (warp == 0) {
-        if (threadIdx.x == 0) load_planes<R>(planes, at, reach, 1, batches);
+        if (threadIdx.x == 0) load_planes<KEEP, R>(planes, at, reach, 1, batches);
     } else if (warp == 1) {
         if constexpr (!VERTICAL) {
             if (threadIdx.x == 32) store_planes<R>(planes, at, reach);
@@ -630,15 +633,15 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
 // Positions of a block, halos included, of a lane, lines of a box and what a normalising lane does at once: for scans along rows,
 // whose lines are columns, and along columns.
 template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS, int LINES_ROWS,
-          int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int SLOTS, int HALO, int CLUSTER, int THREADS, bool MIXED, int HAS, bool DECAY>
+          int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int SLOTS, int HALO, int CLUSTER, int THREADS, bool MIXED, bool KEEP, int HAS, bool DECAY>
 GSPN2_DEVICE void scan_planes(const PlaneParams& planes) {
     const Place at = find_place<CLUSTER, HALO, 8, MIXED>(planes.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
     using Rows = PlaneRing<T, WIDTH, SETS, SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
     using Columns = PlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
     if (at.horizontal) {
-        scan_planes_along<DECAY, THREADS, Rows>(planes, at);
+        scan_planes_along<DECAY, THREADS, KEEP, Rows>(planes, at);
     } else {
-        scan_planes_along<DECAY, THREADS, Columns>(planes, at);
+        scan_planes_along<DECAY, THREADS, KEEP, Columns>(planes, at);
     }
 }

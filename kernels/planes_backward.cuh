@@ -31,7 +31,7 @@ struct PlaneBackwardParams {
 
 // SHARE: positions of SPAN without halos.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int SHARE_, int PLACES_, int LINES_, int STAGES_, int SLOTS_, int UNIT_, int HALO_,
-          int CLUSTER_, int HAS, bool VERTICAL_>
+          int CLUSTER_, int THREADS, int HAS, bool VERTICAL_>
 struct BackwardPlaneRing {
     using Type = T;
     static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
@@ -41,6 +41,8 @@ struct BackwardPlaneRing {
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
     static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;
+    // Where registers are short, half of a chunk's lines of a position at a time.
+    static constexpr bool HALVES = !VERTICAL && PLACES > (THREADS > 512 ? 2 : 4);
     static constexpr int TASK_LANES = CHUNK * SHARE / PART, TASKS = (TASK_LANES + 31) / 32;  // of a chunk
     static_assert(SETS == 1 || SETS == WIDTH, "one for all channels or for each");
     static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
@@ -255,8 +257,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         const int channel = at.slice * WIDTH + plane, gate = at.index * planes.gates + (channel < p.channels ? channel : p.channels - 1);
         bias = global_memory(static_cast<const T*>(planes.bias))[planes.u + gate];
     }
-    // Where registers are short, half of a chunk's lines of a position at a time.
-    constexpr bool HALVES = !VERTICAL && PLACES > 4;
+    constexpr bool HALVES = R::HALVES;
     constexpr int AT_ONCE = HALVES ? CHUNK / 2 : CHUNK;
     // What of a lane's positions comes from the lower and the higher neighbour, and goes to them, a bit for each of PLACES.
     enum { FROM_LOW = 0, FROM_HIGH = 8, TO_LOW = 16, TO_HIGH = 24 };
@@ -540,7 +541,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
 #pragma unroll
             for (int t = 0; t < 3; ++t, to_logits += p.grad_logits.group) store_if<T, PART>(active, to_logits, sum[t]);
         };
-#pragma unroll
+#pragma unroll 2
         for (int c = 0; c < WIDTH; ++c) {
             if (c >= count) break;
             // From one channel's plane of a box to another's.
@@ -625,10 +626,10 @@ GSPN2_DEVICE void scan_planes_back(const PlaneBackwardParams& planes, const Plac
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < R::STAGES; ++stage) signal_init(R::full(stage));
         signals_ready();
+        launch_before_is_done();
+        // On its way before the block, or even the cluster, has met.
+        if (at.owned) load_backward_planes<R>(planes, at, 0, ahead);
     }
-    launch_before_is_done();
-    // On its way before the block, or even the cluster, has met.
-    if (threadIdx.x == 0 && at.owned) load_backward_planes<R>(planes, at, 0, ahead);
     if (threadIdx.x >= 32 && threadIdx.x < 32 + MOST_STAGES) {
         const int stage = threadIdx.x - 32;
         // The last chunk's tasks of the stage before read its first line of h, too.
@@ -648,6 +649,7 @@ GSPN2_DEVICE void scan_planes_back(const PlaneBackwardParams& planes, const Plac
         block_barrier();
     }
     if (!at.owned) return;
+    launch_before_is_done();
     const int thread = threadIdx.x - 32 * BULK_SERVANTS;
     if (warp == 0) {
         if (threadIdx.x == 0) {
@@ -680,13 +682,13 @@ GSPN2_DEVICE void scan_planes_back(const PlaneBackwardParams& planes, const Plac
 // The sizes are those of `scan_planes`, and what a block has of a line without halos, and stages, for both ways.
 template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int SHARE_ROWS, int SHARE_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS,
           int LINES_ROWS, int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int STAGES_ROWS, int STAGES_COLUMNS, int SLOTS, int HALO, int CLUSTER,
-          int HAS>
+          int THREADS, int HAS>
 GSPN2_DEVICE void scan_planes_backward(const PlaneBackwardParams& planes) {
     next_launch_may_begin();
     const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
     if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
-    using Rows = BackwardPlaneRing<T, WIDTH, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
-    using Columns = BackwardPlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, SHARE_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, STAGES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
+    using Rows = BackwardPlaneRing<T, WIDTH, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, THREADS, HAS, false>;
+    using Columns = BackwardPlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, SHARE_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, STAGES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, THREADS, HAS, true>;
     if (at.horizontal) {
         scan_planes_back<Rows>(planes, at);
     } else {

@@ -520,7 +520,7 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         jobs.add(("90", planes.defines(from_planes, dtype, has, False)))
         if gradients is not None:
             jobs.add(("90", planes.defines(from_planes, dtype, has + 8 * (G == 1), False)))
-            jobs.add(("90", planes_backward.defines(gradients, dtype, has, False)))
+            jobs.add(("90", planes_backward.defines(gradients, dtype, has)))
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 

@@ -149,9 +149,11 @@ def test_the_forward_leaves_the_state(case, dtype, choices, monkeypatch):
 TABLE = [
     (Case(1, 9, 32, 5, directions=("right", "up")), BF16),
     (Case(1, 9, 56, 3, directions=("left", "down")), BF16),
+    (Case(1, 9, 104, 3, directions=("right", "up")), BF16),
     (Case(1, 9, 136, 9, directions=("left", "up")), BF16),
     (Case(1, 2, 1288, 1, directions=("down",)), BF16),
     (Case(1, 660, 16, 2, directions=("right", "down")), FP16),
+    (Case(1, 650, 16, 9, directions=("left",)), FP16),
     (Case(1, 660, 16, 2, 2, ("right",), gates="lam"), FP16),
 ]
 

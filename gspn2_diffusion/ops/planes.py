@@ -107,6 +107,7 @@ class Variant(NamedTuple):
     grid: int
     promotion: int
     mixed: int
+    keep: int  # whether the second-level cache is to keep x rather than the rest
 
 
 def up(count: int, unit: int = 1024) -> int:
@@ -133,6 +134,7 @@ def make_variant(
     halo: int = 8,
     promotion: int = 2,
     mixed: int = 1,
+    keep: int = 0,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
@@ -199,6 +201,7 @@ def make_variant(
         grid,
         promotion,
         mixed,
+        keep,
     )
 
 
@@ -219,16 +222,17 @@ class Row(NamedTuple):
     promotion: int = 2
     slots: int = 3
     mixed: int = 0
+    keep: int = 0
     once: bool = False  # only where all blocks run at once, and are on more than half of the processors
 
 
 ROWS = (
     Row(32, 40, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 2, promotion=0),
-    Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 6, promotion=0),
-    Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8),
+    Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 6, promotion=0, mixed=1),
+    Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8, keep=1),
     Row(129, 383, False, 2, 128, 5, (16, 8), (5, 8), (4, 2), 4, 32, slots=2, once=True),
-    Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1),
-    Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 6, 16, slots=2, mixed=1),
+    Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1, keep=1),
+    Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 6, 16, slots=2, mixed=1, keep=1),
     Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16),
     Row(1281, 2048, False, 2, 64, 4, (16, 8), (5, 8), (4, 2), 2, 16),
     Row(641, 1280, True, 2, 128, 2, (16, 4), (6, 4), (4, 1), 6, mixed=1),
@@ -283,7 +287,9 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
         at_once = device.processors // cluster
         spared = [min(n, D) for n in range(row.width, row.width - MOST_SPARED, -2)]
         widths.insert(0, min(spared, key=lambda n: -(-work.blocks * -(-D // n) // at_once) * (n + WAVE_COSTS)))
-    options = dict(halo=row.halo, promotion=row.promotion, slots=row.slots, mixed=row.mixed, shared=device.shared)
+    options = dict(
+        halo=row.halo, promotion=row.promotion, slots=row.slots, mixed=row.mixed, keep=row.keep, shared=device.shared
+    )
     made = (
         make_variant(work, n, cluster, row.lines, row.places, row.units, row.normalizers, **options) for n in widths
     )
@@ -315,7 +321,7 @@ def kernel_defines(
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for a state."""
     pairs = dict(SPAN="spans", PLACES="places", LINES="lines", UNIT="units")
-    more = dict(THREADS=variant.threads, MIXED=variant.mixed)
+    more = dict(THREADS=variant.threads, MIXED=variant.mixed, KEEP=variant.keep)
     return kernel_defines("PLANES", variant, storage, has, decay, pairs, **more)
 
 

@@ -159,7 +159,8 @@ class Row(NamedTuple):
     halo: int = 16
     slots: int = 3
     promotion: int = 2
-    whole: int = 0  # channels up to which a slice has all: then there are no parts of the logits' gradients to add
+    stages: int = MOST_STAGES  # of a ring at most
+    most: int = 1 << 30  # channels of all slices
 
 
 ROWS = (
@@ -167,15 +168,17 @@ ROWS = (
     Row(41, 96, False, 2, 96, 5, (16, 8), (2, 4), (4, 2), 4, 4),
     Row(97, 128, False, 2, 64, 6, (16, 8), (3, 4), (2, 2), 4, 4),
     Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4),
-    Row(641, 1280, False, 2, 64, 5, (16, 8), (3, 4), (8, 2), 3, 3, whole=8),
+    Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (8, 2), 4, 4, stages=2, most=8),
+    Row(641, 1280, False, 2, 64, 5, (16, 8), (3, 4), (8, 2), 3, 3),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
-    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4),
+    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=3),
 )
 
 
 def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
     """The row of the table for maps of these sides, None where channels last are to be scanned."""
-    return next(iter(find_rows(ROWS, height, width, channels, groups, size)), None)
+    rows = find_rows(ROWS, height, width, channels, groups, size)
+    return next((row for row in rows if channels <= row.most), None)
 
 
 @lru_cache(4096)
@@ -188,8 +191,6 @@ def choose(work: Work, device: Device) -> Variant | None:
     options = choices(row, work) | dict(shared=device.shared)
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
-    if row.whole >= D:
-        widths.insert(0, D)
     if options["cluster"] == 1:
         widths = narrowest(work, range(row.width, 0, -1), device.processors) + widths
     made = (make_variant(work, **(options | dict(width=n))) for n in dict.fromkeys(widths))
@@ -199,7 +200,8 @@ def choose(work: Work, device: Device) -> Variant | None:
 def choices(row: Row, work: Work) -> dict[str, Any]:
     """What `make_variant` takes."""
     names = ("width", "lines", "places", "units", "workers", "normalizers", "halo", "slots", "promotion")
-    return {name: getattr(row, name) for name in names} | dict(cluster=cluster_of(row, work))
+    options = dict(cluster=cluster_of(row, work), most_stages=row.stages)
+    return {name: getattr(row, name) for name in names} | options
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:

@@ -302,6 +302,7 @@ void for_box(const TensorMap& map, const int (&first)[5], const F& each) {
 
 }  // namespace emulation
 
+template <bool KEEP = false>
 GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int position, int line, int direction, int batch, Signal* signal) {
     auto& box = mailbox(signal, emulation::machine->now->rank);
     emulation::check_aligned(to, 128);
