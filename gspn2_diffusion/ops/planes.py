@@ -227,7 +227,7 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row(32, 40, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 2, promotion=0),
+    Row(32, 40, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 2, promotion=0, mixed=1),
     Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 6, promotion=0, mixed=1),
     Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8, keep=1),
     Row(129, 383, False, 2, 128, 5, (16, 8), (5, 8), (4, 2), 4, 32, slots=2, once=True),
@@ -358,6 +358,21 @@ def pack_params(
     )
 
 
+def view_of(t: torch.Tensor, channels: int) -> tuple[int, ...]:
+    """scan.cuh's View of (K D, B, H, W)."""
+    plane, image, row, column = t.stride()
+    return t.data_ptr(), image, row, column, channels * plane, plane
+
+
+def launch_of(
+    kernel: str, chosen: tuple[str, ...], params: bytes, variant: Any, boxes: Sequence[Box], maps: int
+) -> Launch:
+    """Its blocks wait for the launch before it themselves."""
+    block, placed = (variant.threads, 1), tuple(boxes)
+    grid, cluster, shared = variant.grid, variant.cluster, variant.shared
+    return Launch(kernel, chosen, params, grid, block, cluster, shared, placed, maps, follows=True)
+
+
 def make_launch(
     features: torch.Tensor,
     bias: torch.Tensor | None,
@@ -380,28 +395,13 @@ def make_launch(
             add(2, along, Y, y, variant.shares[along], 1)
             if state is not None:
                 add(3, along, STATE, state, variant.shares[along], 1)
-    views: dict[int, tuple[int, ...]] = {}
-    for n, t in ((Y, y), (STATE, state)):
-        if t is not None:
-            views[n] = (t.data_ptr(), y.stride(1), y.stride(2), 1, layout.D * y.stride(0), y.stride(0))
+    views = {n: view_of(t, layout.D) for n, t in ((Y, y), (STATE, state)) if t is not None}
     params = pack_params(work, variant, views, softmax)
     address = 0 if bias is None else bias.data_ptr()
     params += struct.pack("q6i", address, *variant.stages, *layout.starts, layout.gate_step)
     has = layout.lam + 2 * layout.u + 4 * (bias is not None) + 8 * (state is not None)
     chosen = defines(variant, features.dtype, has, work.decay)
-    block = (variant.threads, 1)
-    return Launch(
-        "gspn2_planes",
-        chosen,
-        params,
-        variant.grid,
-        block,
-        variant.cluster,
-        variant.shared,
-        tuple(boxes),
-        2 * MAPS,
-        follows=True,
-    )
+    return launch_of("gspn2_planes", chosen, params, variant, boxes, 2 * MAPS)
 
 
 def addressable(features: torch.Tensor) -> bool:

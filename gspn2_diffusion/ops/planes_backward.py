@@ -23,10 +23,12 @@ from .planes import (
     find_rows,
     kernel_defines,
     lane_places,
+    launch_of,
     make_box,
     narrowest,
     pack_params,
     up,
+    view_of,
     work_of,
 )
 
@@ -246,10 +248,7 @@ def make_launch(
             add(4, along, G, grads.g, share, 1)
             if grads.u is not None:
                 add(5, along, GRAD_U, grads.u, share, 1)
-    views: dict[int, tuple[int, ...]] = {}
-    for n, grad in ((G, grads.g), (GRAD_U, grads.u)):
-        if grad is not None:
-            views[n] = (grad.data_ptr(), *grad.stride()[1:3], 1, layout.D * grad.stride(0), grad.stride(0))
+    views = {n: view_of(t, layout.D) for n, t in ((G, grads.g), (GRAD_U, grads.u)) if t is not None}
     apart, plane, *steps = grads.logits.stride()
     views[9] = (grads.logits.data_ptr(), *steps[:2], 1, 3 * layout.G * plane, plane)
     params = pack_params(work, variant, views, softmax, apart, variant.parts)
@@ -257,19 +256,7 @@ def make_launch(
     per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
     params += struct.pack("q5i4x", address, *layout.starts[1:], layout.gate_step, per_y, variant.workers)
     chosen = defines(variant, features.dtype, 2 * layout.u + 4 * (bias is not None))
-    block = (variant.threads, 1)
-    return Launch(
-        "gspn2_planes_backward",
-        chosen,
-        params,
-        variant.grid,
-        block,
-        variant.cluster,
-        variant.shared,
-        tuple(boxes),
-        2 * MAPS,
-        follows=True,
-    )
+    return launch_of("gspn2_planes_backward", chosen, params, variant, boxes, 2 * MAPS)
 
 
 def scan_backward(
