@@ -208,7 +208,7 @@ def operands(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) ->
 
 def backward_operands(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> tuple:
     given = operands(features, bias, shape)
-    y, state = torch.ops.gspn2.scan_planes_saving(*given)
+    y, state = torch.ops.gspn2.scan_planes(*given[:-1], True, given[-1])
     return (torch.randn_like(y), state if shape.output_gate else y, *given)
 
 

@@ -280,16 +280,18 @@ def test_on_a_cpu_it_is_the_scan_of_the_parts(case):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(gspn2_scan_planes(features, bias, **options), expected)
-        torch.library.opcheck(torch.ops.gspn2.scan_planes, _operands(features.detach(), bias.detach(), case))
+        torch.library.opcheck(torch.ops.gspn2.scan_planes, _operands(features.detach(), bias.detach(), case, False))
 
 
-def _operands(features: torch.Tensor, bias: torch.Tensor, case: Case) -> tuple:
+def _operands(features: torch.Tensor, bias: torch.Tensor, case: Case, save_state: bool | None = None) -> tuple:
+    """Of the operator, and of its gradient, which has no `save_state`."""
     layout = layout_of(case)
     options = (
         list(layout.directions),
         case.normalizer == "softmax",
         case.segment or 0,
         case.merge == "sum",
+        *([] if save_state is None else [save_state]),
         case.decay,
     )
     return (features, bias, case.D, case.G, layout.gates, layout.lam, layout.u, *options)

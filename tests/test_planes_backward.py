@@ -225,19 +225,28 @@ def test_shared_memory_is_what_the_kernel_needs(choices):
 def test_on_a_cpu_the_operators_are_the_scan_of_the_parts(case):
     features, bias = (t.requires_grad_() for t in make_features(case, torch.float64))
     expected = gspn2_scan_planes(features, bias, **planes_options(case))
-    operands = _operands(features, bias, case)
-    got, _ = scan_module._scan_planes_saving(*operands)
+    operands = _operands(features, bias, case, True)
+    got, state = scan_module._scan_planes(*operands)
     torch.testing.assert_close(got, expected)
     grad = torch.randn(got.shape, dtype=got.dtype, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad(expected, (features, bias), grad)
     for a, b in zip(torch.autograd.grad(got, (features, bias), grad), wanted, strict=True):
         torch.testing.assert_close(a, b)
-    torch.library.opcheck(torch.ops.gspn2.scan_planes_saving, operands)
-    saved = scan_module._scan_planes_saving(*operands)[
-        0 if case.gates in ("lam", "none") and case.merge != "sum" else 1
-    ]
+    torch.library.opcheck(torch.ops.gspn2.scan_planes, operands)
+    saved = got if case.gates in ("lam", "none") and case.merge != "sum" else state
     with torch.no_grad():
-        torch.library.opcheck(torch.ops.gspn2.scan_planes_backward, (grad, saved.detach(), *operands))
+        torch.library.opcheck(
+            torch.ops.gspn2.scan_planes_backward, (grad, saved.detach(), *_operands(features, bias, case))
+        )
+
+
+def test_operator_without_state_refuses_a_gradient():
+    case = Case(1, 4, 5, 3)
+    features, bias = (t.requires_grad_() for t in make_features(case, torch.float32))
+    y, state = torch.ops.gspn2.scan_planes(*_operands(features, bias, case, False))
+    assert not state.numel()
+    with pytest.raises(RuntimeError, match="save_state=False"):
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("merge", ["concat", "sum"])

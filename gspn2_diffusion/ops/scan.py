@@ -3,9 +3,9 @@
 `gspn2::scan` and `gspn2::scan_backward` read channels last. The forward saves the state h (K D elements a pixel, in the
 storage type) only when a gradient will be asked for; without it the backward would run the forward scan again and store
 h anyway. With `u=None` and `merge="concat"` y is h and nothing more is saved. On CUDA they run `cuda.py`'s kernels;
-elsewhere, and in float64, `eager.py`'s torch. `gspn2::scan_planes` reads a projection's output feature by feature;
-`gspn2::scan_planes_saving` also returns the state, for `gspn2::scan_planes_backward`. Where that has no kernel,
-`gspn2_scan_planes` with a gradient is `gspn2_scan` of its parts.
+elsewhere, and in float64, `eager.py`'s torch. `gspn2::scan_planes` and `gspn2::scan_planes_backward` are the same of a
+projection's output whose features come first; where these have no kernel, `gspn2_scan_planes` with a gradient is
+`gspn2_scan` of its parts.
 """
 
 from typing import Any
@@ -139,57 +139,39 @@ def gspn2_scan(
     return _scan(*tensors, *options, save_state, decay)[0]
 
 
-@torch.library.custom_op(
-    "gspn2::scan_planes",
-    mutates_args=(),
-    schema="(Tensor features, Tensor? bias, int channels, int groups, int gates, bool lam, bool u,"
-    f" {_OPTIONS}, bool decay=False) -> Tensor",
-)
-def _scan_planes(features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False):
-    layout = planes.Layout(channels, groups, tuple(directions), gates, lam, u)
-    y = None
-    if features.is_cuda and features.dtype in cuda.STORAGE_NAMES:
-        with torch.cuda.device(features.device):
-            y = planes.scan(features, bias, layout, softmax, segment, decay)
-    if y is None:
-        inputs = _parts(features, bias, layout)
-        y = _planes_of(_scan(*inputs, directions, softmax, segment, False, False, decay)[0])
-    return planes.sum_of_directions(y, len(directions)) if merge_sum else y
-
-
-@_scan_planes.register_fake
-def _(features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False):
-    return features.new_empty((1 if merge_sum else len(directions)) * channels, *features.shape[1:])
-
-
 _PLANES = f"Tensor features, Tensor? bias, int channels, int groups, int gates, bool lam, bool u, {_OPTIONS}"
 
 
 @torch.library.custom_op(
-    "gspn2::scan_planes_saving", mutates_args=(), schema=f"({_PLANES}, bool decay=False) -> (Tensor, Tensor)"
+    "gspn2::scan_planes",
+    mutates_args=(),
+    schema=f"({_PLANES}, bool save_state, bool decay=False) -> (Tensor, Tensor)",
 )
-def _scan_planes_saving(
-    features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False
+def _scan_planes(
+    features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, save_state, decay=False
 ):
-    layout = planes.Layout(channels, groups, tuple(directions), gates, lam, u)
+    layout, saves = planes.Layout(channels, groups, tuple(directions), gates, lam, u), save_state and u
     y, state = None, None
     if features.is_cuda and features.dtype in cuda.STORAGE_NAMES:
-        state = features.new_empty(len(directions) * channels, *features.shape[1:]) if u else None
+        state = features.new_empty(len(directions) * channels, *features.shape[1:]) if saves else None
         with torch.cuda.device(features.device):
             y = planes.scan(features, bias, layout, softmax, segment, decay, state)
     if y is None:
-        y, state = _scan(*_parts(features, bias, layout), directions, softmax, segment, False, u, decay)
-        y, state = _planes_of(y), _planes_of(state) if u else None
-    if merge_sum:
-        return planes.sum_of_directions(y, len(directions)), y if state is None else state
-    return y, features.new_empty(0) if state is None else state
+        y, state = _scan(*_parts(features, bias, layout), directions, softmax, segment, False, saves, decay)
+        y, state = _planes_of(y), _planes_of(state) if saves else None
+    if merge_sum and save_state and state is None:
+        state = y
+    merged = planes.sum_of_directions(y, len(directions)) if merge_sum else y
+    return merged, features.new_empty(0) if state is None else state
 
 
-@_scan_planes_saving.register_fake
-def _(features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, decay=False):
+@_scan_planes.register_fake
+def _(
+    features, bias, channels, groups, gates, lam, u, directions, softmax, segment, merge_sum, save_state, decay=False
+):
     each = (len(directions) * channels, *features.shape[1:])
     y = features.new_empty(channels if merge_sum else each[0], *each[1:])
-    return y, features.new_empty(each if u or merge_sum else (0,))
+    return y, features.new_empty(each if save_state and (u or merge_sum) else (0,))
 
 
 @torch.library.custom_op(
@@ -224,19 +206,24 @@ def _(grad_y, saved, features, *_options):
 
 
 def _setup_planes_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    features, bias, *options = inputs
-    u, merge_sum = options[4], options[8]
-    ctx.save_for_backward(output[1 if u or merge_sum else 0], features, bias)
-    ctx.options = options
+    features, bias, *options, save_state, decay = inputs
+    y_is_state = not (options[4] or options[8])  # neither u nor merge_sum
+    ctx.has_state = save_state or y_is_state
+    ctx.save_for_backward(output[0 if y_is_state else 1], features, bias)
+    ctx.options = *options, decay
 
 
 def _planes_backward(ctx: Any, grad_y: torch.Tensor, _grad_saved: Any) -> tuple[torch.Tensor | None, ...]:
+    if not ctx.has_state:
+        raise RuntimeError(
+            "gspn2::scan_planes ran with save_state=False, so it has no gradient; call it through gspn2_scan_planes."
+        )
     saved, features, bias = ctx.saved_tensors
     grad = _scan_planes_backward(grad_y, saved, features, bias, *ctx.options)
-    return (grad, None if bias is None else grad.sum((1, 2, 3)), *[None] * len(ctx.options))
+    return (grad, None if bias is None else grad.sum((1, 2, 3)), *[None] * (len(ctx.options) + 1))
 
 
-torch.library.register_autograd("gspn2::scan_planes_saving", _planes_backward, setup_context=_setup_planes_context)
+torch.library.register_autograd("gspn2::scan_planes", _planes_backward, setup_context=_setup_planes_context)
 
 
 def _parts(features: torch.Tensor, bias: torch.Tensor | None, layout: planes.Layout) -> Any:
@@ -301,12 +288,12 @@ def gspn2_scan_planes(
             f"`features` has {features.shape[0]} planes and these options need {sum(layout.sizes)}; pass the output of "
             "a projection to as many."
         )
-    chosen = (indices, normalizer == "softmax", segment or 0, merge == "sum", decay)
+    chosen = (indices, normalizer == "softmax", segment or 0, merge == "sum")
+    given = (features, bias, channels, groups, layout.gates, input_gate, output_gate)
     if torch.is_grad_enabled() and (features.requires_grad or (bias is not None and bias.requires_grad)):
         height, width = features.shape[2:]
         if scans_planes(features, height, width, channels, groups, training=True):
-            given = (features, bias, channels, groups, layout.gates, input_gate, output_gate)
-            return _scan_planes_saving(*given, *chosen)[0]
+            return _scan_planes(*given, *chosen, True, decay)[0]
         inputs = _parts(features, bias, layout)
         y = gspn2_scan(*inputs, directions=directions, normalizer=normalizer, segment=segment, merge=merge, decay=decay)
         return _planes_of(y)
@@ -317,7 +304,7 @@ def gspn2_scan_planes(
             count = len(indices) if merge == "sum" else 0
             plan = planes.Plan(features, bias, launches[0], tuple(scanned.shape), count)
             return cuda.remember(key, plan)(features, bias)
-    return _scan_planes(features, bias, channels, groups, layout.gates, input_gate, output_gate, *chosen)
+    return _scan_planes(*given, *chosen, False, decay)[0]
 
 
 def scans_planes(
