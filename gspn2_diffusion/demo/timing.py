@@ -105,7 +105,7 @@ def _measure(pipe: Any, side: int, repeats: int, device: torch.device, cancel: t
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     parameters = {
         "prompt": "a red circle",
-        "negative_prompt": "",
+        "negative_prompt": None,
         "seed": 0,
         "steps": repeats + 1,
         "guidance_scale": 5.0,
