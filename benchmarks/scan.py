@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from compile_ahead import compile_ahead
 
 from gspn2_diffusion.ops import eager, gspn2_scan, gspn2_scan_planes, scans_planes
 
@@ -190,7 +191,7 @@ def error_of_planes(features: torch.Tensor, bias: torch.Tensor | None, shape: Sh
     return max(largest_error(scan_features(i, bias, shape), scan_features(i.double(), exact, shape)) for i in images)
 
 
-def last_backward(inputs: list[torch.Tensor | None], shape: Shape, timer: Timer) -> float:
+def last_backward(inputs: list[torch.Tensor | None], shape: Shape, timer: Callable) -> float:
     """Seconds, with channels last."""
     options = ([ALL.index(d) for d in shape.directions], False, 0, False)
     y, state = torch.ops.gspn2.scan(*inputs, *options, shape.output_gate)
@@ -247,6 +248,27 @@ def attempt(what: str, work: Callable[[], float]) -> float | None:
     except (RuntimeError, torch.OutOfMemoryError) as error:
         print(f"  {what}: {str(error).splitlines()[0]}")
         return None
+
+
+@torch.no_grad()
+def launch_all(args: argparse.Namespace, device: torch.device) -> None:
+    """What the run will, once."""
+    shapes = [(SHAPES[name], DTYPES[dtype]) for name in args.shapes for dtype in args.dtypes]
+    for shape, dtype in shapes + [(square(side), torch.bfloat16) for side in args.sides]:
+        like, sizes = torch.empty(0, dtype=dtype, device=device), (shape.H, shape.W, shape.D, shape.G)
+        planes = [scans_planes(like, *sizes, training=training) for training in (False, True)]
+        if planes[0]:
+            scan_features(*make_features(shape, dtype, device), shape)
+        if planes[1] and not args.no_backward:
+            torch.ops.gspn2.scan_planes_backward(*backward_operands(*make_features(shape, dtype, device), shape))
+        if not (args.taken and planes[0]):
+            gspn2_scan(*make_inputs(shape, dtype, device), directions=shape.directions)
+        if not (args.taken and planes[1]) and not args.no_backward:
+            last_backward(make_inputs(shape, dtype, device), shape, lambda work: work(0))
+
+
+def square(side: int) -> Shape:
+    return Shape(1, side, side, 16)
 
 
 def measure(
@@ -308,7 +330,7 @@ def measure(
 def scaling(timer: Timer, sides: list[int]) -> list[dict]:
     rows: list[dict] = []
     for side in sides:
-        shape = Shape(1, side, side, 16)
+        shape = square(side)
         with torch.no_grad():
             if scans_planes(torch.empty(0, dtype=torch.bfloat16, device=timer.device), side, side, shape.D):
                 features = make_features(shape, torch.bfloat16, timer.device)
@@ -368,6 +390,7 @@ def main() -> None:
     device = torch.device(args.device)
     timer = Timer(device, args.repeats)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    compile_ahead(lambda: launch_all(args, device))
     bandwidth = copy_bandwidth(device, timer)
     print(f"{name}, torch {torch.__version__}: copy {bandwidth / 1e12:.3f} TB/s (read + write)", flush=True)
     rows: list[dict] = []
