@@ -726,7 +726,7 @@ _FOLLOWS = ctypes.create_string_buffer(struct.pack("I4xi60x", 6, 1))
 
 @cache
 def _driver() -> Any:
-    driver = ctypes.CDLL("libcuda.so.1")
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     return driver
 
