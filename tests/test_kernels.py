@@ -1,10 +1,13 @@
 """The CUDA sources, compiled for the host and run by tests/emulation, against float64 torch; the launcher's table."""
 
+import ctypes
 import itertools
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -542,3 +545,40 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         spilled = [report for report in pool.map(compile_one, sorted(jobs)) if report]
     assert not spilled, "\n".join(spilled)
+
+
+class Driver:
+    """Stands for the CUDA driver: what it is asked to launch."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.launched: list[tuple] = []
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self.version
+        return 0
+
+    def cuLaunchKernelEx(self, config: Any, function: int, params: Any, _extra: None) -> int:
+        given = config._obj
+        grid, block = (tuple(getattr(given, f"{what}_{axis}") for axis in "xyz") for what in ("grid", "block"))
+        bytes_given = ctypes.string_at(params._obj.value, 4)
+        self.launched.append((function, grid, block, given.shared, given.stream, given.count, bytes_given))
+        return 0 if function else 400
+
+
+@pytest.mark.parametrize(("version", "follows"), [(12020, 0), (12030, 1), (13000, 1)])
+def test_the_driver_gets_a_launch(version, follows, monkeypatch):
+    driver = Driver(version)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: 70 + index)
+    launch = Launch("gspn2_forward", (), b"", 3, (32, 2), 1, 100)
+    cuda._attributes.cache_clear()
+    try:
+        for each in (launch, launch._replace(follows=True)):
+            cuda._start(SimpleNamespace(ptr=5), each, bytearray(b"abcd"), 7)
+        with pytest.raises(RuntimeError, match="did not start gspn2_forward \\(CUDA error 400\\)"):
+            cuda._start(SimpleNamespace(ptr=0), launch, bytearray(b"abcd"), 7)
+    finally:
+        cuda._attributes.cache_clear()
+    expected = [(5, (3, 1, 1), (32, 2, 1), 100, 77, count, b"abcd") for count in (0, follows)]
+    assert driver.launched[:2] == expected

@@ -722,6 +722,7 @@ class _Config(ctypes.Structure):
 
 # The driver's CUlaunchAttribute for a launch that follows: PROGRAMMATIC_STREAM_SERIALIZATION.
 _FOLLOWS = ctypes.create_string_buffer(struct.pack("I4xi60x", 6, 1))
+FOLLOWS_SINCE = 12030  # the driver's version that captures such launches into graphs
 
 
 @cache
@@ -731,12 +732,20 @@ def _driver() -> Any:
     return driver
 
 
+@cache
+def _attributes(follows: bool) -> tuple[int | None, int]:
+    """Of a launch: where they are, and how many. An older driver's launches wait for the one before."""
+    version = ctypes.c_int()
+    if not follows or _driver().cuDriverGetVersion(ctypes.byref(version)) or version.value < FOLLOWS_SINCE:
+        return None, 0
+    return ctypes.addressof(_FOLLOWS), 1
+
+
 def _start(function: Any, launch: Launch, params: bytearray, index: int) -> None:
     """`launch` with these parameters, on torch's current stream."""
     stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream
     given = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(params)))
-    attributes = (ctypes.addressof(_FOLLOWS), 1) if launch.follows else (None, 0)
-    config = _Config(launch.grid, 1, 1, *launch.block, 1, launch.shared, stream, *attributes)
+    config = _Config(launch.grid, 1, 1, *launch.block, 1, launch.shared, stream, *_attributes(launch.follows))
     error = _driver().cuLaunchKernelEx(ctypes.byref(config), function.ptr, ctypes.byref(given), None)
     if error:
         raise RuntimeError(
