@@ -285,12 +285,13 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
     const float from_lower = position > 0, from_higher = position + PLACES < R::SPAN;
     int part[PLACES];  // bytes into the boxes of SPAN positions
 #pragma unroll
-    for (int k = 0; k < PLACES; ++k) {
-        const int of_plane = idle ? 0 : plane, of_position = idle ? 0 : position + k;
-        part[k] = VERTICAL ? R::row_part(R::SPAN, of_plane, 0, of_position) : R::column_part(R::SPAN, of_plane, of_position, 0);
-    }
-    // An idle lane does not read what another one writes, g in the place of u or dy, but h.
-    const int away = idle ? R::H_AT - R::G_AT : 0;
+    for (int k = 0; k < PLACES; ++k) part[k] = VERTICAL ? R::row_part(R::SPAN, plane, 0, position) : R::column_part(R::SPAN, plane, position + k, 0);
+    // An idle lane is not to read what another one writes, g. In the place of u it reads dy; without u, it has read before the other
+    // one writes. (Its values are finite, where those that it is a copy of are: some are multiplied by zero.)
+    [[maybe_unused]] const int away = idle ? R::DY_AT - R::U_AT : 0;
+    const auto all_have_read = [] {
+        if constexpr (!R::U && (R::PER_WARP * R::PER_CHANNEL < 32 || WIDTH % R::PER_WARP)) warp_barrier();
+    };
 
     float passed[PLACES] = {}, weight[3][PLACES] = {};  // of the line after, g and the taps that it goes through
     Turn turn{0, 0}, slot{0, 0};
@@ -309,7 +310,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         Taken dy[VECTORS], u[R::U ? VECTORS : 1];
         const auto take = [&](int v, int half = ASCENDING ? 0 : 1) {
             const unsigned char* const from = box + at_vector(v) + (HALVES ? 8 * half : 0);
-            dy[v].load(from + R::DY_AT + (R::U ? 0 : away));
+            dy[v].load(from + R::DY_AT);
             if constexpr (R::U) u[v].load(from + R::U_AT + away);
             if constexpr (R::BIAS && R::U) u[v].add(bias);
         };
@@ -373,6 +374,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
             g[0] += from_lower * lower;
             g[PLACES - 1] += from_higher * higher;
             if constexpr (VERTICAL) {
+                all_have_read();
                 if (!idle) store_vector<T, PLACES>(reinterpret_cast<T*>(box + R::G_AT + at_vector(s)), g);
             } else {
                 const int e = ASCENDING ? s : CHUNK - 1 - s;
@@ -385,6 +387,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
                         before_last[k] = g[k];
                     }
                 }
+                if (HALVES && s % AT_ONCE == AT_ONCE - 1) all_have_read();
                 if (HALVES && s % AT_ONCE == AT_ONCE - 1 && !idle) {
                     const int half = e / AT_ONCE;
 #pragma unroll
@@ -416,6 +419,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
             }
         }
         if constexpr (!VERTICAL && !HALVES) {
+            all_have_read();
             if (!idle) {
 #pragma unroll
                 for (int k = 0; k < PLACES; ++k) {

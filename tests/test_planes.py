@@ -1,6 +1,8 @@
 """The scan of features that come first: the kernel in the emulation, the launcher's table, the operator on a CPU."""
 
 import itertools
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,12 +91,11 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
         assert_close("y", got, expected)
 
 
-@needs_compiler
-@pytest.mark.parametrize("part", range(4))
-def test_random_variants_emulated(part, monkeypatch):
-    """A variant that a block can have, of a shape and options that it can."""
-    seed, generator = seeded(part)
-    chosen: dict[str, Any] = {}
+def random_variant(
+    generator: random.Random, make_variant: Callable[..., Any], **more: tuple
+) -> tuple[Case, torch.dtype, dict[str, Any]]:
+    """A shape with options, and choices of a variant that a block can have for it; `more`: of a case, of a variant."""
+    of_case = {name: values for name, values in more.items() if name in Case._fields}
     while True:
         D = generator.choice((1, 3, 4, 6, 9))
         case = Case(
@@ -102,11 +103,10 @@ def test_random_variants_emulated(part, monkeypatch):
             directions=tuple(generator.sample(DIRECTIONS, generator.randint(1, 4))),
             normalizer=generator.choice(("sigmoid", "softmax")),
             segment=generator.choice((None, None, 16)),
-            gates=generator.choice(("each", "shared", "lam")),
-            decay=generator.random() < 0.2,
+            **{name: generator.choice(values) for name, values in of_case.items()},
         )
         dtype = generator.choice((BF16, FP16, FP32))
-        chosen = dict(
+        chosen: dict[str, Any] = dict(
             width=generator.choice((1, 2, 4, 5, 8)),
             cluster=generator.choice((1, 2, 3, 4)),
             lines=(generator.choice((8, 16, 32)), generator.choice((2, 4, 8, 16))),
@@ -116,13 +116,21 @@ def test_random_variants_emulated(part, monkeypatch):
             slots=generator.choice((2, 3)),
             halo=generator.choice((8, 16)),
             most_stages=generator.choice((2, 3, 8)),
-            mixed=generator.randint(0, 1),
         )
+        chosen |= {name: generator.choice(values) for name, values in more.items() if name not in of_case}
         segment = case.segment if case.segment and case.segment < max(case.H, case.W) else 0
         work = planes.Work(1, case.H, case.W, layout_of(case), segment, dtype.itemsize, case.decay)
-        if planes.make_variant(work, **chosen) is not None:
-            break
-    print(case, dtype, chosen)
+        if make_variant(work, **chosen) is not None:
+            print(case, dtype, chosen)
+            return case, dtype, chosen
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", range(4))
+def test_random_variants_emulated(part, monkeypatch):
+    seed, generator = seeded(part)
+    more = dict(gates=("each", "shared", "lam"), decay=(False, False, False, True), mixed=(0, 1), keep=(0, 1))
+    case, dtype, chosen = random_variant(generator, planes.make_variant, **more)
     monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **chosen))
     got, expected, _ = run(case, dtype, generator.random() < 0.7, seed)
     assert_close("y", got, expected)

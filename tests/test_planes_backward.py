@@ -12,8 +12,8 @@ from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
 
 from .emulated import DEVICES, execute, library, needs_compiler
-from .scan_cases import NAMES, Case, assert_close, make_features, planes_options
-from .test_planes import BF16, CASES, FP16, FP32, H100, _operands, layout_of, works
+from .scan_cases import NAMES, Case, assert_close, make_features, planes_options, seeded
+from .test_planes import BF16, CASES, FP16, FP32, H100, _operands, layout_of, random_variant, works
 
 
 def in_planes(t: torch.Tensor) -> torch.Tensor:
@@ -61,8 +61,8 @@ def run(
     return got, expected, launches[0]
 
 
-def check(case: Case, dtype: torch.dtype, biased: bool = True) -> None:
-    got, expected, _ = run(case, dtype, biased)
+def check(case: Case, dtype: torch.dtype, biased: bool = True, seed: int = 0) -> None:
+    got, expected, _ = run(case, dtype, biased, seed)
     assert got.keys() == expected.keys()
     for name, grad in got.items():
         assert_close(name, grad, expected[name])
@@ -103,6 +103,16 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
     monkeypatch.setattr(planes_backward, "choose", lambda work, device: planes_backward.make_variant(work, **choices))
     for biased in (True, False) if case.W == 16 else (True,):
         check(case, dtype, biased)
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", range(4))
+def test_random_variants_emulated(part, monkeypatch):
+    seed, generator = seeded(part)
+    more = dict(gates=("each", "shared", "lam", "none"), merge=("concat", "sum"), workers=(1, 3, 8))
+    case, dtype, chosen = random_variant(generator, planes_backward.make_variant, **more)
+    monkeypatch.setattr(planes_backward, "choose", lambda work, device: planes_backward.make_variant(work, **chosen))
+    check(case, dtype, generator.random() < 0.7, seed)
 
 
 @needs_compiler
