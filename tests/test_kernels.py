@@ -17,7 +17,7 @@ from gspn2_diffusion.ops.cuda import Device, Launch, Work
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
 from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler
-from .scan_cases import CASES, NAMES, Case, assert_close, make_inputs
+from .scan_cases import CASES, NAMES, Case, assert_close, make_inputs, seeded
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = Device((8, 0), 108, 20_000)
@@ -109,6 +109,34 @@ def test_emulated_kernels_match_torch(case, dtype, device):
     got, expected, _ = run(case, dtype, device)
     for name, value in got.items():
         assert value.dtype == dtype
+        assert_close(name, value, expected[name])
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", range(4))
+def test_random_shapes_emulated(part):
+    """Shapes and options for any device; on Hopper for half of them tensors that boxes can be of."""
+    seed, generator = seeded(part)
+    D = generator.choice((1, 2, 3, 8, 12, 16, 24, 40, 80))
+    sides = [generator.randint(1, 6), generator.choice((generator.randint(1, 40), generator.randint(40, 300)))]
+    case = Case(
+        *(
+            generator.randint(1, 2),
+            *generator.sample(sides, 2),
+            D,
+            generator.choice([n for n in (1, 2, D) if D % n == 0]),
+        ),
+        directions=tuple(generator.sample(DIRECTIONS, generator.randint(1, 4))),
+        normalizer=generator.choice(("sigmoid", "softmax")),
+        segment=generator.choice((None, None, generator.randint(1, 40))),
+        merge=generator.choice(("concat", "sum")),
+        gates=generator.choice(("each", "shared", "lam", "none")),
+    )
+    case = case._replace(decay=case.gates != "none" and generator.random() < 0.2)
+    dtype, device, boxed = generator.choice(TYPES), generator.choice(list(DEVICES)), generator.random() < 0.5
+    print(case, dtype, device, boxed)
+    got, expected, _ = run(case, dtype, DEVICES[device], seed, boxed)
+    for name, value in got.items():
         assert_close(name, value, expected[name])
 
 
