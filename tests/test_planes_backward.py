@@ -140,10 +140,7 @@ STATES = [
 ]
 
 
-@needs_compiler
-@pytest.mark.parametrize(("case", "dtype", "choices"), STATES, ids=[str(case) for case, _, _ in STATES])
-def test_the_forward_leaves_the_state(case, dtype, choices, monkeypatch):
-    monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **choices))
+def check_state(case: Case, dtype: torch.dtype) -> None:
     features, bias = make_features(case, dtype)
     layout, options = layout_of(case), (case.normalizer == "softmax", case.segment or 0)
     state = torch.full((len(layout.directions) * case.D, *features.shape[1:]), torch.nan, dtype=dtype)
@@ -153,6 +150,23 @@ def test_the_forward_leaves_the_state(case, dtype, choices, monkeypatch):
     )
     assert_close("y", y, in_planes(expected[0]))
     assert_close("h", state, in_planes(expected[1]))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("case", "dtype", "choices"), STATES, ids=[str(case) for case, _, _ in STATES])
+def test_the_forward_leaves_the_state(case, dtype, choices, monkeypatch):
+    monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **choices))
+    check_state(case, dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", range(2))
+def test_random_variants_leave_the_state(part, monkeypatch):
+    _, generator = seeded(part)
+    more = dict(gates=("each", "shared"), decay=(False, True), mixed=(0, 1), keep=(0, 1))
+    case, dtype, chosen = random_variant(generator, planes.make_variant, **more)
+    monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **chosen))
+    check_state(case, dtype)
 
 
 # Each row of the table.
