@@ -140,7 +140,7 @@ def of_table(which: Pass, work: planes.Work) -> dict[Variant, Chosen]:
     chosen = {name: getattr(v, name) for name in which.choices if name in v._fields}
     for name in PAIRS:
         chosen |= dict(zip((f"{name}_rows", f"{name}_columns"), getattr(v, name), strict=True))
-    return {v: chosen | dict(most_stages=planes.MOST_STAGES)}
+    return {v: chosen | dict(most_stages=max(v.stages))}
 
 
 def compile_one(job: Job) -> int:
