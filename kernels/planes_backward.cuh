@@ -387,13 +387,13 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
                         before_last[k] = g[k];
                     }
                 }
-                if (HALVES && s % AT_ONCE == AT_ONCE - 1) all_have_read();
-                if (HALVES && s % AT_ONCE == AT_ONCE - 1 && !idle) {
+                if (HALVES && s % AT_ONCE == AT_ONCE - 1) {
                     const int half = e / AT_ONCE;
+                    all_have_read();
 #pragma unroll
                     for (int k = 0; k < PLACES; ++k) {
                         alignas(8) const unsigned words[2] = {result[k][2 * half], result[k][2 * half + 1]};
-                        *reinterpret_cast<uint2*>(box + R::G_AT + at_vector(k) + 8 * half) = *reinterpret_cast<const uint2*>(words);
+                        if (!idle) *reinterpret_cast<uint2*>(box + R::G_AT + at_vector(k) + 8 * half) = *reinterpret_cast<const uint2*>(words);
                     }
                 }
             }
@@ -444,8 +444,9 @@ GSPN2_DEVICE Words<T, N> product(const Words<T, N>& a, const Words<T, N>& b) {
     return result;
 }
 
-// The gradients of u and of the logits where g is there, and along columns both to memory, task by task, shared out among `wanted` warps: no more than there are tasks in all slots, or one
-// could come to a slot a whole turn before its time, which a parity does not tell.
+// The gradients of u and of the logits where g is there, and along columns g and du to memory, task by task, shared out among
+// `wanted` warps: no more than there are tasks in all slots, or one could come to a slot a whole turn before its time, which a parity
+// does not tell.
 template <bool ASCENDING, typename R>
 GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place& at, int thread, int wanted) {
     using T = typename R::Type;
@@ -596,8 +597,8 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                 store_words_if<4>(active, to_g, g.words);
                 to_g += p.grad_lam.group;
                 if constexpr (R::U) store_words_if<4>(active, to_u, du.words), to_u += p.grad_u.group;
-            } else if (active) {
-                if constexpr (R::U) du.store(of_span + R::DY_AT + plane(R::SPAN));
+            } else if constexpr (R::U) {
+                if (active) du.store(of_span + R::DY_AT + plane(R::SPAN));
             }
             if constexpr (R::SETS > 1) {
                 finish(c);

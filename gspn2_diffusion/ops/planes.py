@@ -297,7 +297,7 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
 
 
 def kernel_defines(
-    kernel: str, variant: Any, storage: torch.dtype, has: int, decay: bool, pairs: dict[str, str], **more: object
+    kernel: str, variant: Any, storage: torch.dtype, has: int, pairs: dict[str, str], **more: object
 ) -> tuple[str, ...]:
     """Options that compile `kernel` of gspn2.cu; `pairs`: the variant's fields that both ways have."""
     name = cuda.STORAGE_NAMES[storage]
@@ -310,7 +310,6 @@ def kernel_defines(
         HALO=variant.halo,
         CLUSTER=variant.cluster,
         HAS=has,
-        DECAY=int(decay),
         **more,
     )
     for what, field in pairs.items():
@@ -321,8 +320,8 @@ def kernel_defines(
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for a state."""
     pairs = dict(SPAN="spans", PLACES="places", LINES="lines", UNIT="units")
-    more = dict(THREADS=variant.threads, MIXED=variant.mixed, KEEP=variant.keep)
-    return kernel_defines("PLANES", variant, storage, has, decay, pairs, **more)
+    more = dict(THREADS=variant.threads, MIXED=variant.mixed, KEEP=variant.keep, DECAY=int(decay))
+    return kernel_defines("PLANES", variant, storage, has, pairs, **more)
 
 
 def make_box(

@@ -209,7 +209,7 @@ def choices(row: Row, work: Work) -> dict[str, Any]:
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
     pairs = dict(SPAN="spans", SHARE="shares", PLACES="places", LINES="lines", UNIT="units", STAGES="stages")
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, False, pairs, THREADS=up(variant.threads, 64))
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, pairs, THREADS=up(variant.threads, 64))
 
 
 class Gradients(NamedTuple):
@@ -306,8 +306,9 @@ def scan_backward(
     if len(padding):
         sums.append((padding, None))
     run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
-    if layout.lam or g is not of_x or sums:
-        run(finish_launch(features, bias, g, grad, layout, sums))
+    more = layout.lam or g is not of_x
+    if more or sums:
+        run(finish_launch(features, bias, g, grad, layout, more, sums))
     return grad
 
 
@@ -317,11 +318,11 @@ def finish_launch(
     g: torch.Tensor,
     grad: torch.Tensor,
     layout: Layout,
+    more: bool,
     sums: list[tuple[torch.Tensor, torch.Tensor | None]],
 ) -> Launch:
-    """The gradients of x and lam from g, (K D, B, H, W). Each first tensor of `sums` becomes the sum of the second's,
-    along its first dimension, or zero."""
-    needed = layout.lam or g.data_ptr() != grad.data_ptr()
+    """The gradients of x and lam from g, (K D, B, H, W), if there is `more` to them than g. Each first tensor of `sums`
+    becomes the sum of the second's, along its first dimension, or zero."""
     vectors = [to.nbytes // 16 for to, _ in sums]
     params = b"".join(
         SUM.pack(
@@ -336,7 +337,7 @@ def finish_launch(
     params += bytes((MOST_SUMS - len(sums)) * SUM.size)
     tensors = (features, bias, g, grad)
     params += struct.pack("4Q2q", *(0 if t is None else t.data_ptr() for t in tensors), features.stride(0), g.stride(0))
-    K, D = len(layout.directions), layout.D * needed
+    K, D = len(layout.directions), layout.D * more
     params += struct.pack("3i4x", D, layout.starts[0], layout.gates < K)
     name = cuda.STORAGE_NAMES[grad.dtype]
     choices = dict(STORAGE=name, CLUSTER=1, THREADS=FINISH_THREADS, DIRECTIONS=K, HAS=int(layout.lam))
