@@ -3,6 +3,10 @@
 python benchmarks/sanitize.py
 python benchmarks/sanitize.py --boxes
 python benchmarks/sanitize.py --planes
+python benchmarks/sanitize.py --planes --tools initcheck --part 0 4
+
+Each shape is named as it begins. `--part` takes every so manieth of them, from the given one on: for several GPUs, or
+for less time at once.
 """
 
 import argparse
@@ -10,6 +14,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,6 +23,7 @@ from compile_ahead import compile_ahead
 
 from gspn2_diffusion.ops import gspn2_scan, gspn2_scan_planes
 
+SHAPE = "shape"  # with which the line that names one begins
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # B, H, W, D, G, segment, merge, output gate, K: edges, odd sizes, unaligned channels, split lines, lines longer than a
 # block.
@@ -54,6 +61,12 @@ PLANES = [
 ]
 
 
+def named(shapes: Iterable[Any]) -> Iterator[Any]:
+    for shape in shapes:
+        print(SHAPE, *shape, flush=True)
+        yield shape
+
+
 def run(inputs: list[torch.Tensor | None], **options: object) -> None:
     """Forward and backward. What is read comes from the host, and gradients are not copied to where they accumulate:
     initcheck follows copies and our kernels alone and would take what torch's kernels wrote for uninitialised."""
@@ -62,9 +75,9 @@ def run(inputs: list[torch.Tensor | None], **options: object) -> None:
     torch.cuda.synchronize()
 
 
-def boxed_work() -> None:
+def boxed_work(shapes: Iterable[Any]) -> None:
     """Inputs as they come out of the layer's projection: aligned views of one tensor."""
-    for B, H, W, D, G, segment, merge, gated, K in BOXED:
+    for B, H, W, D, G, segment, merge, gated, K in shapes:
         widths = [D, K * D, K * D * gated, K * G * 3]
         row = torch.rand(B, H, W, -(-sum(widths) // 8) * 8, dtype=torch.bfloat16).cuda().requires_grad_()
         x, lam, u, logits = row[..., : sum(widths)].split(widths, -1)
@@ -73,8 +86,8 @@ def boxed_work() -> None:
         run([x, *gates, logits.unflatten(-1, (K, G, 3))], directions=directions, segment=segment, merge=merge)
 
 
-def planes_work() -> None:
-    for B, H, W, D, G, segment, merge, gated, K in PLANES:
+def planes_work(shapes: Iterable[Any]) -> None:
+    for B, H, W, D, G, segment, merge, gated, K in shapes:
         for dtype in (torch.bfloat16, torch.float32)[: 1 + (G > 2)]:
             count = D * (1 + K * (1 + gated)) + 3 * G * K
             features, bias = (torch.rand(*shape, dtype=dtype).cuda() for shape in ((count, B, H, W), (count,)))
@@ -86,8 +99,8 @@ def planes_work() -> None:
             torch.cuda.synchronize()
 
 
-def work() -> None:
-    for B, H, W, D, G, segment, merge, gated, K in SHAPES:
+def work(shapes: Iterable[Any]) -> None:
+    for B, H, W, D, G, segment, merge, gated, K in shapes:
         for dtype in (torch.float32, torch.bfloat16):
             shapes = [(D,), (K, D), (1, D) if gated else None, (K, G, 3)]
             inputs = [s and torch.rand(B, H, W, *s, dtype=dtype).cuda().requires_grad_() for s in shapes]
@@ -100,11 +113,13 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--boxes", action="store_true", help="the shapes that have boxes, not the others")
     parser.add_argument("--planes", action="store_true", help="the shapes that are scanned from planes, not the others")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("FIRST", "STEP"), help="of the shapes")
     parser.add_argument("--work", action="store_true", help="run the shapes, without a tool")
     args = parser.parse_args()
-    chosen = boxed_work if args.boxes else planes_work if args.planes else work
+    runs, shapes = (boxed_work, BOXED) if args.boxes else (planes_work, PLANES) if args.planes else (work, SHAPES)
+    shapes = shapes[args.part[0] :: args.part[1]]
     if args.work:
-        return chosen()
+        return runs(named(shapes))
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise SystemExit("compute-sanitizer is not on the PATH; install the CUDA toolkit that has it.")
@@ -121,14 +136,22 @@ def main() -> None:
         if every_lane not in compiled:
             compiled.add(every_lane)
             with mock.patch.dict(os.environ, environment):
-                compile_ahead(chosen)  # the tool would do so much more slowly, one after another
+                compile_ahead(lambda: runs(shapes))  # the tool would do so much more slowly, one after another
         command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes, *["--planes"] * args.planes]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        print(f"{tool}: {'clean' if done.returncode == 0 else 'errors'}", flush=True)
-        if done.returncode:
+        command += ["--part", *map(str, args.part)]
+        report: list[str] = []
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as tool_run:
+            for line in tool_run.stdout or ():
+                report.append(line.rstrip())
+                if line.startswith(SHAPE):
+                    print(f"{tool}, {report.pop()}", flush=True)
+        print(f"{tool}: {'errors' if tool_run.returncode else 'clean'}", flush=True)
+        if tool_run.returncode:
             failed.append(tool)
-            report = [line for line in done.stdout.splitlines() if line.startswith("=====")]
-            print("\n".join(report[:60] + done.stderr.splitlines()[-10:]))
+            found = [line for line in report if line.startswith("=====")]
+            print("\n".join(found[:60] + [line for line in report if line not in found][-10:]))
     if failed:
         raise SystemExit(f"compute-sanitizer found errors with {', '.join(failed)}.")
 

@@ -209,7 +209,7 @@ def operands(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) ->
 
 def backward_operands(features: torch.Tensor, bias: torch.Tensor | None, shape: Shape) -> tuple:
     given = operands(features, bias, shape)
-    y, state = torch.ops.gspn2.scan_planes(*given[:-1], True, given[-1])
+    y, state = torch.ops.gspn2.scan_planes(*given, True)
     return (torch.randn_like(y), state if shape.output_gate else y, *given)
 
 
@@ -355,10 +355,16 @@ def plot(rows: list[dict], sides: list[dict], out: Path) -> None:
     axes.loglog([r["side"] for r in sides], [r["us"] for r in sides], "o-", base=2)
     axes.set(xlabel="side (tokens)", ylabel="forward, µs", title="Four directions, B1 D16 bf16")
     figure.savefig(out / "scaling.png", dpi=150)
-    figure, axes = pyplot.subplots(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
-    axes.barh([f"{r['shape']} {r['dtype']} {r['work']}" for r in rows], [r["fraction"] for r in rows])
-    axes.set(xlabel="fraction of the floor", xlim=(0, 1))
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    kinds = list(dict.fromkeys((r["work"], r["dtype"]) for r in rows))
+    figure, axes = pyplot.subplots(figsize=(8, 0.15 * len(rows) + 1), layout="constrained")
+    for n, kind in enumerate(kinds):
+        of_kind = [r for r in rows if (r["work"], r["dtype"]) == kind]
+        places = [shapes.index(r["shape"]) + (n + 0.5) / len(kinds) * 0.8 - 0.4 for r in of_kind]
+        axes.barh(places, [r["fraction"] for r in of_kind], 0.8 / len(kinds), label=" ".join(kind))
+    axes.set(xlabel="fraction of the floor", xlim=(0, 1), yticks=range(len(shapes)), yticklabels=shapes)
     axes.invert_yaxis()
+    axes.legend()
     figure.savefig(out / "fraction.png", dpi=150)
 
 

@@ -150,7 +150,8 @@ GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int
 GSPN2_DEVICE void end_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int LEFT>
 GSPN2_DEVICE void groups_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory"); }
-// This thread's accesses of shared memory come before what the copy engine does there after the next signal.
+// What this thread did in shared memory, or waited for, comes before what it has the copy engine do there. It waits for all that the
+// thread has under way, so it is for threads that only load or store.
 GSPN2_DEVICE void engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
 GSPN2_DEVICE void signal_init(Signal*, int = 1) {}

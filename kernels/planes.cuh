@@ -33,6 +33,37 @@ struct PlaneParams {
 enum { HAS_BIAS = 4, HAS_H = 8 };  // h is for the backward, where y is something else
 [[maybe_unused]] constexpr int MOST_SLOTS = 4;
 
+// The weights of a position, as they lie in shared memory: those of the two outer taps, side by side. The middle one's is what is left
+// of 1. So what half precision does to a weight (2^-12) moves a little of the state to a neighbour, and takes nothing from their sum.
+template <typename T>
+struct WeightOf {
+    using type = Half;
+};
+template <>
+struct WeightOf<float> {
+    using type = float;
+};
+
+// Those of N positions.
+template <typename T, int N>
+struct OuterWeights {
+    using Type = typename WeightOf<T>::type;
+    Packed<Type, 2 * N> outer;
+    GSPN2_DEVICE void load(const Type* from) { outer.load(from); }
+    GSPN2_DEVICE void get(float (&to)[3][N]) const {
+        float each[2 * N];
+        outer.unpack(each);
+#pragma unroll
+        for (int k = 0; k < N; ++k) to[0][k] = each[2 * k], to[2][k] = each[2 * k + 1], to[1][k] = 1.f - each[2 * k] - each[2 * k + 1];
+    }
+    GSPN2_DEVICE static void store(Type* to, const float (&made)[3][N]) {
+        float each[2 * N];
+#pragma unroll
+        for (int k = 0; k < N; ++k) each[2 * k] = made[0][k], each[2 * k + 1] = made[2][k];
+        store_vector<Type, 2 * N>(to, each);
+    }
+};
+
 // SETS: weight sets of a slice, 1 or one for each channel. SLOTS: chunks of weights. UNIT: what a normalising lane does at once,
 // lines of a position or, VERTICAL, positions of a line.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int PLACES_, int LINES_, int SLOTS_, int UNIT_, int HALO_, int CLUSTER_, int HAS, bool VERTICAL_>
@@ -53,14 +84,12 @@ struct PlaneRing {
     static_assert(SPAN % 8 == 0 && SPAN % PLACES == 0 && LINES % CHUNK == 0 && HALO % CHUNK == 0, "edges are exchanged between chunks");
     static_assert(CHUNK % 2 == 0, "a line's registers are those of the one before last");
     static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, TILES = 1 + LAM + U;
-    // Weights of a line: three rows, or four floats for each position, where that is without conflicts.
-    static constexpr bool FOURS = PLACES > 1 && PLACES % 2;
-    static constexpr int WEIGHTS = SPAN * (FOURS ? 4 : 3);
+    using Weight = typename WeightOf<T>::type;
     static constexpr int COUNT = 4 * MOST_STAGES + 2 * MOST_SLOTS;
     static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8, INBOX = WIDTH * HALO;
     static constexpr int up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
     static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
-    static constexpr int SLOT = CHUNK * SETS * WEIGHTS, BOXES = HEADER + up(SLOTS * SLOT * 4);
+    static constexpr int SLOT = CHUNK * SETS * SPAN * 2, BOXES = HEADER + up(SLOTS * SLOT * SIZE);
     static constexpr int TILE = up(WIDTH * LINES * SPAN * SIZE), STAGE = TILES * TILE + up(3 * SETS * LINES * SPAN * SIZE);
     static constexpr int LOADED = LINES * SPAN * SIZE * (TILES * WIDTH + 3 * SETS);  // bytes that arrive for a stage
 
@@ -76,10 +105,8 @@ struct PlaneRing {
         return reinterpret_cast<float*>(shared_memory() + SIGNALS) + (2 * (exchange & 1) + side) * INBOX;
     }
     GSPN2_DEVICE static unsigned char* box(int stage, int which) { return shared_memory() + BOXES + stage * STAGE + which * TILE; }
-    GSPN2_DEVICE static float* weights(int slot) { return reinterpret_cast<float*>(shared_memory() + HEADER) + slot * SLOT; }
-    GSPN2_DEVICE static int weight(int line, int set, int tap, int position) {
-        return (line * SETS + set) * WEIGHTS + (FOURS ? 4 * position + tap : tap * SPAN + position);
-    }
+    GSPN2_DEVICE static Weight* weights(int slot) { return reinterpret_cast<Weight*>(shared_memory() + HEADER) + slot * SLOT; }
+    GSPN2_DEVICE static int weight(int line, int set, int position) { return 2 * ((line * SETS + set) * SPAN + position); }
     // Bytes into a box at which a position's chunk begins (a line is a column), or a line's positions (it is a row).
     GSPN2_DEVICE static int column_part(int plane, int position, int chunk) {
         return swizzled<ROW>((plane * SPAN + position) * ROW) ^ chunk * 16;
@@ -144,6 +171,7 @@ GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const
     for (int batch = 0; batch < batches; ++batch, turn.next(planes.stages[0])) {
         const int line = plane_line<R>(at, planes.scan, batch);
         signal_wait(R::done(turn.stage), turn.parity);
+        engine_fence();
         for (int c = 0; c < count; ++c) {
             const int offset = (c * R::SPAN + reach.low) * R::ROW, plane = at.index * all + first + c;
             store_box(planes.maps[0][PLANES_Y], line, at.start, at.batch, plane, 0, R::box(turn.stage, 0) + offset);
@@ -202,20 +230,20 @@ GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, c
         first_j[i] = at.start + position - reach.low;
         if constexpr (VERTICAL) {
             source[i] = R::row_part(3 * set, at.backwards ? R::CHUNK - 1 - across : across, position);
-            target[i] = R::weight(across, set, 0, position);
+            target[i] = R::weight(across, set, position);
         } else {
             const int in_memory = across * UNIT, line = at.backwards ? R::CHUNK - 1 - in_memory : in_memory;
             source[i] = R::column_part(3 * set, position, 0) + in_memory * R::SIZE;
-            target[i] = R::weight(line, set, 0, position);
+            target[i] = R::weight(line, set, position);
         }
     }
-    const int next_line = R::weight(at.backwards ? -1 : 1, 0, 0, 0);
+    const int next_line = R::weight(at.backwards ? -1 : 1, 0, 0);
     ChunkTurn<R> turn(at, p);
     for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
         if (n == 0 || turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
         if (n >= R::SLOTS) signal_wait(R::used(turn.slot.stage), turn.slot.parity ^ 1);
         const unsigned char* const taps = R::box(turn.stage.stage, R::TILES);
-        float* const weights = R::weights(turn.slot.stage);
+        typename R::Weight* const weights = R::weights(turn.slot.stage);
         const int place = turn.place(at.backwards);
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
@@ -235,20 +263,13 @@ GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, c
 #pragma unroll
                 for (int t = 0; t < 3; ++t) made[t][e] = weight[t];
             }
-            float* const to = weights + target[i];
             if constexpr (VERTICAL) {
-#pragma unroll
-                for (int t = 0; t < 3; ++t) store_vector<float, UNIT>(to + R::weight(0, 0, t, 0), made[t]);
+                OuterWeights<T, UNIT>::store(weights + target[i], made);
             } else {
 #pragma unroll
                 for (int e = 0; e < UNIT; ++e) {
-                    if constexpr (R::FOURS) {
-                        const float four[4] = {made[0][e], made[1][e], made[2][e], 0.f};
-                        store_vector<float, 4>(to + e * next_line, four);
-                    } else {
-#pragma unroll
-                        for (int t = 0; t < 3; ++t) to[e * next_line + R::weight(0, 0, t, 0)] = made[t][e];
-                    }
+                    const float line[3][1] = {{made[0][e]}, {made[1][e]}, {made[2][e]}};
+                    OuterWeights<T, 1>::store(weights + target[i] + e * next_line, line);
                 }
             }
         }
@@ -393,24 +414,10 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) take_vector(v, v, turn);
     };
-    // Of the line that is scanned and, read before it is done or, where registers are short, behind its scan, the next.
-    constexpr int BUFFERS = VERTICAL ? 2 : 1;
-    float weights[BUFFERS][3][PLACES];
+    // Of the line that is scanned and, read before that is done, of the next.
+    OuterWeights<T, PLACES> weights[2];
     const auto weigh = [&](const ChunkTurn<R>& turn, int s) {
-        const float* const from = R::weights(turn.slot.stage) + R::weight(s, SETS > 1 ? plane : 0, 0, position);
-        auto& w = weights[s % BUFFERS];
-        if constexpr (R::FOURS) {
-#pragma unroll
-            for (int k = 0; k < PLACES; ++k) {
-                float four[4];
-                load_vector<float, 4>(four, from + R::weight(0, 0, 0, k));
-#pragma unroll
-                for (int t = 0; t < 3; ++t) w[t][k] = four[t];
-            }
-        } else {
-#pragma unroll
-            for (int t = 0; t < 3; ++t) load_vector<float, PLACES>(w[t], from + R::weight(0, 0, t, 0));
-        }
+        weights[s % 2].load(R::weights(turn.slot.stage) + R::weight(s, SETS > 1 ? plane : 0, position));
     };
 
     const auto has_taken = [&](const ChunkTurn<R>& turn) {
@@ -479,15 +486,13 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
             // Behind the shuffles, which take longer than to find that there is nothing to wait for.
             if (more && s == CHUNK - (VERTICAL ? LOOK : 1) && next.begins()) signal_wait(R::full(next.stage.stage), next.stage.parity);
             if (more && s == CHUNK - 1) signal_wait(R::ready(next.slot.stage), next.slot.parity);
-            const auto weigh_next = [&] {
-                if (s + 1 < CHUNK) {
-                    weigh(turn, s + 1);
-                } else if (more) {
-                    weigh(next, 0);
-                }
-            };
-            if constexpr (BUFFERS > 1) weigh_next();
-            const auto& w = weights[s % BUFFERS];
+            if (s + 1 < CHUNK) {
+                weigh(turn, s + 1);
+            } else if (more) {
+                weigh(next, 0);
+            }
+            float w[3][PLACES];
+            weights[s % 2].get(w);
             float out[PLACES];
 #pragma unroll
             for (int k = 0; k < PLACES; ++k) {
@@ -506,7 +511,6 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                 out[k] = h[k];
                 if constexpr (R::U) out[k] *= get(taken.u, s, k, bias[2]);
             }
-            if constexpr (BUFFERS == 1) weigh_next();
             if constexpr (VERTICAL) {
                 if (s + LOOK < CHUNK) {
                     take_vector(s % LOOK, s + LOOK, turn);
@@ -561,7 +565,6 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                 }
             }
             if (turn.ends() || !more) {
-                engine_fence();
                 warp_arrives(R::done(stage));
             }
         } else if (turn.ends()) {

@@ -51,14 +51,12 @@ struct BackwardPlaneRing {
     // Positions that a box has before the share.
     static constexpr int LOW = CLUSTER > 1 ? HALO : 0, H_LOW = CLUSTER > 1 ? 8 : 0, H_SPAN = SHARE + 2 * H_LOW;
     static_assert(SPAN == SHARE + 2 * LOW, "halos on both sides");
-    // Four floats a position: its weights and the sum of its sigmoids. Together, or in rows (planes.cuh).
-    static constexpr bool FOURS = PLACES > 1 && PLACES % 2;
-    static constexpr int WEIGHTS = 4 * SPAN;
+    using Weight = typename WeightOf<T>::type;
     static constexpr int COUNT = 3 * MOST_STAGES + 3 * MOST_SLOTS;
     static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 * WARPS : 0) + 1) / 2 * 16, INBOX = WIDTH * HALO;
     static constexpr int up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
     static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
-    static constexpr int SLOT = CHUNK * SETS * WEIGHTS, BOXES = HEADER + up(SLOTS * SLOT * 4);
+    static constexpr int SLOT = CHUNK * SETS * SPAN, BOXES = HEADER + up(SLOTS * SLOT * (2 * SIZE + 4));
     static constexpr int tile(int span) { return up(WIDTH * LINES * span * SIZE); }
     static constexpr int DY_AT = 0, U_AT = tile(SPAN), H_AT = U_AT + U * tile(SPAN), TAPS_AT = H_AT + tile(H_SPAN);
     static constexpr int STAGE = TAPS_AT + up(3 * SETS * LINES * SPAN * SIZE);
@@ -80,10 +78,11 @@ struct BackwardPlaneRing {
         return reinterpret_cast<float*>(shared_memory() + SIGNALS) + (2 * (exchange & 1) + side) * INBOX;
     }
     GSPN2_DEVICE static unsigned char* box(int stage) { return shared_memory() + BOXES + stage * STAGE; }
-    GSPN2_DEVICE static float* weights(int slot) { return reinterpret_cast<float*>(shared_memory() + HEADER) + slot * SLOT; }
-    GSPN2_DEVICE static int weight(int line, int set, int tap, int position) {
-        return (line * SETS + set) * WEIGHTS + (FOURS ? 4 * position + tap : tap * SPAN + position);
-    }
+    // Of a position: the weights as the forward's, and the sum of the sigmoids.
+    GSPN2_DEVICE static Weight* weights(int slot) { return reinterpret_cast<Weight*>(shared_memory() + HEADER) + 2 * slot * SLOT; }
+    GSPN2_DEVICE static float* sums(int slot) { return reinterpret_cast<float*>(weights(SLOTS)) + slot * SLOT; }
+    GSPN2_DEVICE static int sum(int line, int set, int position) { return (line * SETS + set) * SPAN + position; }
+    GSPN2_DEVICE static int weight(int line, int set, int position) { return 2 * sum(line, set, position); }
     // As PlaneRing's, of a box with so many positions.
     GSPN2_DEVICE static int column_part(int span, int plane, int position, int chunk) {
         return swizzled<ROW>((plane * span + position) * ROW) ^ chunk * 16;
@@ -117,7 +116,10 @@ GSPN2_DEVICE void load_backward_planes(const PlaneBackwardParams& planes, const 
     for (; batch < end; ++batch, turn.next(R::STAGES)) {
         const int stage = turn.stage, line = lines.box(batch, R::LINES);
         Signal* const full = R::full(stage);
-        if (batch >= R::STAGES) signal_wait(VERTICAL ? R::done(stage) : R::empty(stage), turn.parity ^ 1);
+        if (batch >= R::STAGES) {
+            signal_wait(VERTICAL ? R::done(stage) : R::empty(stage), turn.parity ^ 1);
+            engine_fence();
+        }
         signal_expect(full, R::LOADED);
         const auto load = [&](int to, int map, int from, int plane) {
             plane_box(R::box(stage) + to, maps[map], VERTICAL, line, from, at.batch, plane, full);
@@ -140,6 +142,7 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
         const int line = lines.box(batch, R::LINES);
         const unsigned char* const box = R::box(turn.stage);
         signal_wait(R::done(turn.stage), turn.parity);
+        engine_fence();
         for (int c = 0; c < count; ++c) {
             const auto store = [&](int map, int from) {
                 store_box(planes.maps[0][map], line, at.start, at.batch, at.index * all + first + c, 0, box + from + (c * R::SPAN + R::LOW) * R::ROW);
@@ -154,7 +157,7 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
 }
 
 // A position's weights and the sum of its sigmoids, from logits times LOG2_E; zeros beyond the map, from where nothing may come
-// through a tap.
+// through an outer tap. (Through the middle one, which is what is left of 1, only g = 0 would.)
 template <bool SOFTMAX>
 GSPN2_DEVICE void weigh(float (&four)[4], const float (&logit)[3], int j, int length) {
     const bool inside = j >= 0 && j < length;
@@ -188,12 +191,13 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
         if (chunk == 0) signal_wait(R::full(turn.stage), turn.parity);
         if (n >= R::SLOTS) signal_wait(R::used(slot.stage), slot.parity ^ 1);
         const unsigned char* const taps = R::box(turn.stage) + R::TAPS_AT;
-        float* const weights = R::weights(slot.stage);
+        typename R::Weight* const weights = R::weights(slot.stage);
+        float* const sums = R::sums(slot.stage);
         const int place = lines.ascending ? chunk : R::CHUNKS - 1 - chunk;
         for (int unit = thread; unit < SETS * ALONG * ACROSS; unit += threads) {
             const int along = unit % ALONG, rest = unit / ALONG, across = rest % ACROSS, set = rest / ACROSS;
             const int position = VERTICAL ? along * UNIT : along;
-            float read[3][UNIT], made[4][UNIT];
+            float read[3][UNIT], made[3][UNIT], sum[UNIT];
 #pragma unroll
             for (int t = 0; t < 3; ++t) {
                 int offset;
@@ -213,22 +217,19 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
                 float four[4];
                 weigh<SOFTMAX>(four, logit, at.start + position + (VERTICAL ? e : 0) - R::LOW, at.length);
 #pragma unroll
-                for (int t = 0; t < 4; ++t) made[t][e] = four[t];
+                for (int t = 0; t < 3; ++t) made[t][e] = four[t];
+                sum[e] = four[3];
             }
-            if constexpr (VERTICAL && !R::FOURS) {
-#pragma unroll
-                for (int t = 0; t < 4; ++t) store_vector<float, UNIT>(weights + R::weight(across, set, t, position), made[t]);
+            if constexpr (VERTICAL) {
+                OuterWeights<T, UNIT>::store(weights + R::weight(across, set, position), made);
+                store_vector<float, UNIT>(sums + R::sum(across, set, position), sum);
             } else {
 #pragma unroll
                 for (int e = 0; e < UNIT; ++e) {
                     const int in_memory = across * UNIT + e, line = lines.ascending ? in_memory : R::CHUNK - 1 - in_memory;
-                    if constexpr (R::FOURS) {
-                        const float four[4] = {made[0][e], made[1][e], made[2][e], made[3][e]};
-                        store_vector<float, 4>(weights + R::weight(VERTICAL ? across : line, set, 0, position + (VERTICAL ? e : 0)), four);
-                    } else {
-#pragma unroll
-                        for (int t = 0; t < 4; ++t) weights[R::weight(line, set, t, position)] = made[t][e];
-                    }
+                    const float one[3][1] = {{made[0][e]}, {made[1][e]}, {made[2][e]}};
+                    OuterWeights<T, 1>::store(weights + R::weight(line, set, position), one);
+                    sums[R::sum(line, set, position)] = sum[e];
                 }
             }
         }
@@ -293,7 +294,8 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
         if constexpr (!R::U && (R::PER_WARP * R::PER_CHANNEL < 32 || WIDTH % R::PER_WARP)) warp_barrier();
     };
 
-    float passed[PLACES] = {}, weight[3][PLACES] = {};  // of the line after, g and the taps that it goes through
+    float passed[PLACES] = {};  // of the line after, g, and the taps that it goes through
+    OuterWeights<T, PLACES> of_passed{};
     Turn turn{0, 0}, slot{0, 0};
     int chunk = 0;
     for (int n = 0; n < chunks; ++n) {
@@ -337,7 +339,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
                 }
             }
         }
-        const float* const weights = R::weights(slot.stage) + R::weight(0, SETS > 1 ? plane : 0, 0, position);
+        const auto* const weights = R::weights(slot.stage) + R::weight(0, SETS > 1 ? plane : 0, position);
         unsigned result[VERTICAL ? 1 : PLACES][4];
         float before_last[PLACES];
 #pragma unroll
@@ -347,20 +349,10 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
 #pragma unroll
                 for (int v = 0; v < VECTORS; ++v) take(v, ASCENDING ? 1 : 0);
             }
-            // This line's weights are not needed before the next one.
-            float w[3][PLACES];
-            if constexpr (R::FOURS) {
-#pragma unroll
-                for (int k = 0; k < PLACES; ++k) {
-                    float four[4];
-                    load_vector<float, 4>(four, weights + R::weight(s, 0, 0, k));
-#pragma unroll
-                    for (int t = 0; t < 3; ++t) w[t][k] = four[t];
-                }
-            } else {
-#pragma unroll
-                for (int t = 0; t < 3; ++t) load_vector<float, PLACES>(w[t], weights + R::weight(s, 0, t, 0));
-            }
+            float weight[3][PLACES];
+            of_passed.get(weight);
+            // This line's are not needed before the next one.
+            of_passed.load(weights + R::weight(s, 0, 0));
             const float lower = shuffle_up(weight[2][PLACES - 1] * passed[PLACES - 1]), higher = shuffle_down(weight[0][0] * passed[0]);
             float g[PLACES];
 #pragma unroll
@@ -398,11 +390,7 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
                 }
             }
 #pragma unroll
-            for (int k = 0; k < PLACES; ++k) {
-                passed[k] = g[k];
-#pragma unroll
-                for (int t = 0; t < 3; ++t) weight[t][k] = w[t][k];
-            }
+            for (int k = 0; k < PLACES; ++k) passed[k] = g[k];
         }
         if constexpr (CLUSTER > 1) {
             const int after = n + 1, exchange = after / (HALO / CHUNK);
@@ -428,7 +416,6 @@ GSPN2_DEVICE void scan_back(const PlaneBackwardParams& planes, const Place& at, 
                 }
             }
         }
-        engine_fence();
         warp_arrives(R::scanned(slot.stage));
         slot.next(R::SLOTS);
         if (++chunk == R::CHUNKS) chunk = 0, turn.next(R::STAGES);
@@ -469,17 +456,6 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         g_planes = begin(p.grad_lam, slice);
         if constexpr (R::U) grad_u = begin(p.grad_u, slice);
     }
-    // Of element e of a lane's vector.
-    const auto weights_of = [&](float (&four)[4], int slot, int set, int s, int position, int e) {
-        const int line = VERTICAL ? s : ASCENDING ? e : CHUNK - 1 - e, at_position = R::LOW + position + (VERTICAL ? e : 0);
-        const float* const weights = R::weights(slot);
-        if constexpr (R::FOURS) {
-            load_vector<float, 4>(four, weights + R::weight(line, set, 0, at_position));
-        } else {
-#pragma unroll
-            for (int t = 0; t < 4; ++t) four[t] = weights[R::weight(line, set, t, at_position)];
-        }
-    };
     for (int task = thread / 32; task < chunks * R::TASKS; task += warps) {
         const int n = task / R::TASKS, unit = task % R::TASKS * 32 + lane;
         const int slot = n % R::SLOTS, batch = n / R::CHUNKS, stage = batch % R::STAGES, chunk = n % R::CHUNKS;
@@ -535,13 +511,27 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         float sum[3][PART] = {};
         // Through the normaliser to memory.
         const auto finish = [&](int set) {
+            // A lane's vector is positions of a line or, along rows, lines of a position.
+            constexpr int TOGETHER = VERTICAL ? PART : 1;
 #pragma unroll
-            for (int e = 0; e < PART; ++e) {
-                float four[4];
-                weights_of(four, slot, set, s, position, e);
-                const float mean = four[0] * sum[0][e] + four[1] * sum[1][e] + four[2] * sum[2][e];
+            for (int first = 0; first < PART; first += TOGETHER) {
+                const int line = VERTICAL ? s : ASCENDING ? first : CHUNK - 1 - first;
+                OuterWeights<T, TOGETHER> outer;
+                float weight[3][TOGETHER], sigmoids[TOGETHER];
+                outer.load(R::weights(slot) + R::weight(line, set, R::LOW + position));
+                outer.get(weight);
+                load_vector<float, TOGETHER>(sigmoids, R::sums(slot) + R::sum(line, set, R::LOW + position));
 #pragma unroll
-                for (int t = 0; t < 3; ++t) sum[t][e] = VERTICAL && none ? 0.f : four[t] * (1.f - four[t] * four[3]) * (sum[t][e] - mean);
+                for (int e = 0; e < TOGETHER; ++e) {
+                    float mean = 0.f;
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) mean += weight[t][e] * sum[t][first + e];
+#pragma unroll
+                    for (int t = 0; t < 3; ++t) {
+                        const float w = weight[t][e], own = w * (1.f - w * sigmoids[e]) * (sum[t][first + e] - mean);
+                        sum[t][first + e] = VERTICAL && none ? 0.f : own;
+                    }
+                }
             }
 #pragma unroll
             for (int t = 0; t < 3; ++t, to_logits += p.grad_logits.group) store_if<T, PART>(active, to_logits, sum[t]);
@@ -610,7 +600,6 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             }
         }
         if constexpr (R::SETS == 1) finish(0);
-        engine_fence();
         warp_arrives(R::used(slot));
         if (threadIdx.x % 32 < WARP_ARRIVALS) {
             signal_arrive(R::done(stage));

@@ -171,6 +171,20 @@ def test_each_row_of_the_table_is_emulated():
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_weights_sum_to_1_over_many_lines(dtype, monkeypatch):
+    """What half precision does to weights moves the state, and adds nothing to it: a constant stays as it is."""
+    case = Case(1, 24, 512, 1, directions=("right",), gates="none")
+    monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, 1, 2, lines=(8, 8)))
+    features = make_features(case, dtype)[0]
+    features[0] = 0
+    features[0, ..., 0] = 1
+    y = planes.scan(features, None, layout_of(case), False, 0, False, device=H100, execute=execute)
+    assert y is not None
+    torch.testing.assert_close(y.float(), torch.ones(1, 1, 24, 512), rtol=0, atol=1e-5)
+
+
+@needs_compiler
 def test_same_bits_in_any_order_of_threads():
     case = Case(1, 9, 144, 5)
     first, _, launch = run(case, BF16, seed=1)

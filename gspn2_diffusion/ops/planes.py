@@ -169,8 +169,7 @@ def make_variant(
         exchange = 4 * (8 * warps + halo * width * 4) if cluster > 1 else 0
         header = up(8 * (4 * MOST_STAGES + 2 * MOST_SLOTS) + exchange)
         stage = tiles * up(width * each * span * work.size) + up(3 * sets * each * span * work.size)
-        fours = chosen[along] > 1 and chosen[along] % 2
-        weights = up(slots * part * sets * span * (16 if fours else 12))
+        weights = up(slots * part * sets * span * 2 * work.size)
         batches = -(-all_lines // each)
         stages[along] = min(most_stages, batches, (shared - header - weights) // stage)
         if stages[along] < min(2, batches):
@@ -223,20 +222,21 @@ class Row(NamedTuple):
     slots: int = 3
     mixed: int = 0
     keep: int = 0
+    stages: int = MOST_STAGES  # of a ring at most
     once: bool = False  # only where all blocks run at once, and are on more than half of the processors
 
 
 ROWS = (
     Row(32, 40, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 2, promotion=0, mixed=1),
-    Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 6, promotion=0, mixed=1),
+    Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 4, promotion=0, mixed=1),
     Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8, keep=1),
-    Row(129, 383, False, 2, 128, 5, (16, 8), (5, 8), (4, 2), 4, 32, slots=2, once=True),
-    Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1, keep=1),
-    Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 6, 16, slots=2, mixed=1, keep=1),
-    Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16),
+    Row(129, 383, False, 2, 128, 5, (16, 8), (5, 8), (8, 2), 5, 32, keep=1, stages=3, once=True),
+    Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1, keep=1, stages=4),
+    Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 2, 16, mixed=1, keep=1),
+    Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (8, 4), 4, 16, slots=2, stages=4),
     Row(1281, 2048, False, 2, 64, 4, (16, 8), (5, 8), (4, 2), 2, 16),
-    Row(641, 1280, True, 2, 128, 2, (16, 4), (6, 4), (4, 1), 6, mixed=1),
-    Row(641, 1280, True, 4, 64, 2, (16, 8), (3, 4), (4, 2), 7, 16),
+    Row(641, 1280, True, 2, 128, 2, (16, 4), (5, 4), (4, 1), 5, 16),
+    Row(641, 1280, True, 4, 64, 1, (16, 4), (3, 4), (4, 1), 6, 16, mixed=1, stages=3),
 )
 CLUSTERS = (1, 2, 4, 8, 16)
 MOST_SPARED = 4  # channels fewer than the row's
@@ -288,7 +288,13 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
         spared = [min(n, D) for n in range(row.width, row.width - MOST_SPARED, -2)]
         widths.insert(0, min(spared, key=lambda n: -(-work.blocks * -(-D // n) // at_once) * (n + WAVE_COSTS)))
     options = dict(
-        halo=row.halo, promotion=row.promotion, slots=row.slots, mixed=row.mixed, keep=row.keep, shared=device.shared
+        halo=row.halo,
+        promotion=row.promotion,
+        slots=row.slots,
+        mixed=row.mixed,
+        keep=row.keep,
+        most_stages=row.stages,
+        shared=device.shared,
     )
     made = (
         make_variant(work, n, cluster, row.lines, row.places, row.units, row.normalizers, **options) for n in widths

@@ -109,7 +109,7 @@ def make_variant(
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
         signals = up(8 * (3 * MOST_STAGES + 3 * MOST_SLOTS + (4 * scanning if cluster > 1 else 0)), 16)
-        before = up(signals + exchange) + up(slots * chunk * sets * span * 16)
+        before = up(signals + exchange) + up(slots * chunk * sets * span * (2 * work.size + 4))
         batches = -(-all_lines // each)
         stages[along] = min(most_stages, batches, (shared - before) // stage)
         if stages[along] < min(2, batches):
@@ -166,14 +166,14 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row(32, 40, False, 2, 40, 10, (16, 8), (1, 2), (4, 2), 3, 4),
-    Row(41, 96, False, 2, 96, 5, (16, 8), (2, 4), (4, 2), 4, 4),
+    Row(32, 40, False, 2, 40, 16, (16, 8), (2, 2), (4, 2), 8, 2, promotion=1),
+    Row(41, 96, False, 2, 96, 8, (16, 4), (2, 2), (4, 2), 4, 4, promotion=1),
     Row(97, 128, False, 2, 64, 6, (16, 8), (3, 4), (2, 2), 4, 4),
     Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4),
-    Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (8, 2), 4, 4, stages=2, most=8),
-    Row(641, 1280, False, 2, 64, 5, (16, 8), (3, 4), (8, 2), 3, 3),
+    Row(641, 1280, False, 2, 64, 8, (16, 2), (5, 8), (4, 2), 4, 3, 8, most=8),
+    Row(641, 1280, False, 2, 64, 6, (32, 8), (5, 4), (8, 2), 2, 4, 8, stages=4),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
-    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=3),
+    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=4),
 )
 
 
@@ -194,7 +194,7 @@ def choose(work: Work, device: Device) -> Variant | None:
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
     if options["cluster"] == 1:
-        widths = narrowest(work, range(row.width, 0, -1), device.processors) + widths
+        widths = narrowest(work, range(row.width, 0, -1), device.processors * 2 // 3) + widths
     made = (make_variant(work, **(options | dict(width=n))) for n in dict.fromkeys(widths))
     return next((v for v in made if v is not None), None)
 
