@@ -103,8 +103,8 @@ def planes_work(shapes: Iterable[Any]) -> None:
 def work(shapes: Iterable[Any]) -> None:
     for B, H, W, D, G, segment, merge, gated, K in shapes:
         for dtype in (torch.float32, torch.bfloat16):
-            shapes = [(D,), (K, D), (1, D) if gated else None, (K, G, 3)]
-            inputs = [s and torch.rand(B, H, W, *s, dtype=dtype).cuda().requires_grad_() for s in shapes]
+            each = [(D,), (K, D), (1, D) if gated else None, (K, G, 3)]
+            inputs = [s and torch.rand(B, H, W, *s, dtype=dtype).cuda().requires_grad_() for s in each]
             directions = ("right", "left", "down", "up")[-K:]
             run(inputs, directions=directions, segment=segment, merge=merge)
 
@@ -154,7 +154,8 @@ def main() -> None:
         if tool_run.returncode:
             failed.append(tool)
             found = [line for line in report if line.startswith("=====")]
-            print("\n".join(found[:60] + [line for line in report if line not in found][-10:]))
+            rest = [line for line in report if not line.startswith("=====")]
+            print("\n".join(found[:60] + rest[-10:]))
     if failed:
         raise SystemExit(f"compute-sanitizer found errors with {', '.join(failed)}.")
 

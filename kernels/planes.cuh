@@ -56,10 +56,12 @@ struct OuterWeights {
 #pragma unroll
         for (int k = 0; k < N; ++k) to[0][k] = each[2 * k], to[2][k] = each[2 * k + 1], to[1][k] = 1.f - each[2 * k] - each[2 * k + 1];
     }
-    GSPN2_DEVICE static void store(Type* to, const float (&made)[3][N]) {
+    // Of those made from `first` on.
+    template <int MADE>
+    GSPN2_DEVICE static void store(Type* to, const float (&made)[3][MADE], int first = 0) {
         float each[2 * N];
 #pragma unroll
-        for (int k = 0; k < N; ++k) each[2 * k] = made[0][k], each[2 * k + 1] = made[2][k];
+        for (int k = 0; k < N; ++k) each[2 * k] = made[0][first + k], each[2 * k + 1] = made[2][first + k];
         store_vector<Type, 2 * N>(to, each);
     }
 };
@@ -267,10 +269,7 @@ GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, c
                 OuterWeights<T, UNIT>::store(weights + target[i], made);
             } else {
 #pragma unroll
-                for (int e = 0; e < UNIT; ++e) {
-                    const float line[3][1] = {{made[0][e]}, {made[1][e]}, {made[2][e]}};
-                    OuterWeights<T, 1>::store(weights + target[i] + e * next_line, line);
-                }
+                for (int e = 0; e < UNIT; ++e) OuterWeights<T, 1>::store(weights + target[i] + e * next_line, made, e);
             }
         }
         warp_arrives(R::ready(turn.slot.stage));

@@ -227,8 +227,7 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
 #pragma unroll
                 for (int e = 0; e < UNIT; ++e) {
                     const int in_memory = across * UNIT + e, line = lines.ascending ? in_memory : R::CHUNK - 1 - in_memory;
-                    const float one[3][1] = {{made[0][e]}, {made[1][e]}, {made[2][e]}};
-                    OuterWeights<T, 1>::store(weights + R::weight(line, set, position), one);
+                    OuterWeights<T, 1>::store(weights + R::weight(line, set, position), made, e);
                     sums[R::sum(line, set, position)] = sum[e];
                 }
             }

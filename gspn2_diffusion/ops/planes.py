@@ -260,6 +260,13 @@ def cluster_of(row: Any, work: Work) -> int:
     return next((n for n in CLUSTERS if work.longest <= n * row.share), CLUSTERS[-1])
 
 
+def options_of(row: Any, work: Work, device: Device, *more: str) -> dict[str, Any]:
+    """What `make_variant` takes of a row, but for the width of a slice; `more`: what only one pass has."""
+    names = ("lines", "places", "units", "normalizers", "halo", "slots", "promotion", *more)
+    options = dict(cluster=cluster_of(row, work), most_stages=row.stages, shared=device.shared)
+    return {name: getattr(row, name) for name in names} | options
+
+
 def narrowest(work: Work, widths: Sequence[int], processors: int) -> list[int]:
     """Of `widths`, falling, the least with which all blocks still run at once, where one does."""
     return [n for n in widths if work.blocks * -(-work.layout.D // n) <= processors][-1:]
@@ -274,7 +281,8 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
-    D, cluster = work.layout.D, cluster_of(row, work)
+    options = options_of(row, work, device, "mixed", "keep")
+    D, cluster = work.layout.D, options["cluster"]
     widths = list(range(min(row.width, D), 0, -1))
     if row.once:
         at_once = device.processors // cluster
@@ -287,18 +295,7 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
         at_once = device.processors // cluster
         spared = [min(n, D) for n in range(row.width, row.width - MOST_SPARED, -2)]
         widths.insert(0, min(spared, key=lambda n: -(-work.blocks * -(-D // n) // at_once) * (n + WAVE_COSTS)))
-    options = dict(
-        halo=row.halo,
-        promotion=row.promotion,
-        slots=row.slots,
-        mixed=row.mixed,
-        keep=row.keep,
-        most_stages=row.stages,
-        shared=device.shared,
-    )
-    made = (
-        make_variant(work, n, cluster, row.lines, row.places, row.units, row.normalizers, **options) for n in widths
-    )
+    made = (make_variant(work, n, **options) for n in widths)
     return next((v for v in made if v is not None), None)
 
 

@@ -6,7 +6,7 @@
 import struct
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,13 +19,13 @@ from .planes import (
     Layout,
     Work,
     addressable,
-    cluster_of,
     find_rows,
     kernel_defines,
     lane_places,
     launch_of,
     make_box,
     narrowest,
+    options_of,
     pack_params,
     up,
     view_of,
@@ -190,20 +190,13 @@ def choose(work: Work, device: Device) -> Variant | None:
     row = row_of(work.H, work.W, D, work.layout.G, work.size) if device.boxes and not work.decay else None
     if row is None:
         return None
-    options = choices(row, work) | dict(shared=device.shared)
+    options = options_of(row, work, device, "workers")
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
     if options["cluster"] == 1:
         widths = narrowest(work, range(row.width, 0, -1), device.processors * 2 // 3) + widths
-    made = (make_variant(work, **(options | dict(width=n))) for n in dict.fromkeys(widths))
+    made = (make_variant(work, n, **options) for n in dict.fromkeys(widths))
     return next((v for v in made if v is not None), None)
-
-
-def choices(row: Row, work: Work) -> dict[str, Any]:
-    """What `make_variant` takes."""
-    names = ("width", "lines", "places", "units", "workers", "normalizers", "halo", "slots", "promotion")
-    options = dict(cluster=cluster_of(row, work), most_stages=row.stages)
-    return {name: getattr(row, name) for name in names} | options
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
