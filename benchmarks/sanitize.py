@@ -15,14 +15,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from compile_ahead import compile_ahead
 
-from gspn2_diffusion.ops import cuda, gspn2_scan, gspn2_scan_planes
+from gspn2_diffusion.ops import cuda, gspn2_scan, gspn2_scan_planes, planes_backward, scans_planes
 
 SHAPE = "shape"  # with which the line that names one begins
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -47,7 +47,7 @@ BOXED = [
 ]
 
 
-# From planes: one block to a line, clusters, ragged slices, weights for each channel.
+# From planes: one block to a line, clusters, ragged slices, weights for each channel, slices of two widths.
 PLANES = [
     (1, 9, 32, 7, 1, None, "concat", True, 4),
     (1, 20, 64, 10, 1, None, "sum", True, 4),
@@ -59,6 +59,7 @@ PLANES = [
     (1, 250, 16, 3, 1, 32, "concat", True, 4),
     (1, 3, 704, 4, 4, None, "concat", False, 1),
     (1, 700, 32, 4, 4, None, "concat", False, 4),
+    (34, 2, 104, 8, 1, None, "concat", True, 4),
 ]
 
 
@@ -87,6 +88,26 @@ def boxed_work(shapes: Iterable[Any]) -> None:
         run([x, *gates, logits.unflatten(-1, (K, G, 3))], directions=directions, segment=segment, merge=merge)
 
 
+@contextmanager
+def engine_known(share: float) -> Iterator[None]:
+    """initcheck does not follow what the copy engine writes and reports each read of it: the first `share` of what it
+    may write of gradients, which it does in scans along rows, is cleared before. (That nothing is left unwritten is for
+    the tests, which fill new memory with NaN.)"""
+    execute = cuda._execute
+
+    def cleared_before(launch: cuda.Launch) -> None:
+        if launch.kernel == "gspn2_planes_backward":
+            runtime = cuda._import_cupy().cuda.runtime
+            for box in launch.boxes:
+                if box.tensor in (planes_backward.G, planes_backward.GRAD_U):
+                    size = int(share * box.sizes[3]) * box.strides[2]
+                    runtime.memsetAsync(box.address, 0, size, torch.cuda.current_stream().cuda_stream)
+        execute(launch)
+
+    with mock.patch.object(cuda, "_execute", cleared_before):
+        yield
+
+
 def planes_work(shapes: Iterable[Any]) -> None:
     for B, H, W, D, G, segment, merge, gated, K in shapes:
         for dtype in (torch.bfloat16, torch.float32)[: 1 + (G > 2)]:
@@ -95,8 +116,12 @@ def planes_work(shapes: Iterable[Any]) -> None:
             directions = ("right", "left", "down", "up")[:K]
             options = dict(channels=D, groups=G, output_gate=gated, directions=directions, segment=segment, merge=merge)
             gspn2_scan_planes(features, bias, **options)
+            # Other gradients are made from copies that torch made, of which initcheck would report each element.
+            if not scans_planes(features, H, W, D, G, training=True):
+                continue
             y = gspn2_scan_planes(features.requires_grad_(), bias, **options)
-            torch.autograd.grad(y, features, torch.rand(y.shape, dtype=dtype).cuda())
+            with engine_known(min(2, K) / K):
+                torch.autograd.grad(y, features, torch.rand(y.shape, dtype=dtype).cuda())
             torch.cuda.synchronize()
 
 
