@@ -6,7 +6,7 @@ python benchmarks/sanitize.py --planes
 python benchmarks/sanitize.py --planes --tools initcheck --part 0 4
 
 Each shape is named as it begins. `--part` takes every so manieth of them, from the given one on: for several GPUs, or
-for less time at once. With `--apart` each launch waits for the one before to end, as with drivers before CUDA 12.3.
+for less time at once.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -140,14 +140,12 @@ def main() -> None:
     parser.add_argument("--boxes", action="store_true", help="the shapes that have boxes, not the others")
     parser.add_argument("--planes", action="store_true", help="the shapes that are scanned from planes, not the others")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("FIRST", "STEP"), help="of the shapes")
-    parser.add_argument("--apart", action="store_true", help="no launch begins before the one before has ended")
     parser.add_argument("--work", action="store_true", help="run the shapes, without a tool")
     args = parser.parse_args()
     runs, shapes = (boxed_work, BOXED) if args.boxes else (planes_work, PLANES) if args.planes else (work, SHAPES)
     shapes = shapes[args.part[0] :: args.part[1]]
     if args.work:
-        with mock.patch.object(cuda, "_attributes", lambda _: (None, 0)) if args.apart else nullcontext():
-            return runs(named(shapes))
+        return runs(named(shapes))
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise SystemExit("compute-sanitizer is not on the PATH; install the CUDA toolkit that has it.")
@@ -166,7 +164,7 @@ def main() -> None:
             with mock.patch.dict(os.environ, environment):
                 compile_ahead(lambda: runs(shapes))  # the tool would do so much more slowly, one after another
         command += [sys.executable, __file__, "--work", *["--boxes"] * args.boxes, *["--planes"] * args.planes]
-        command += ["--part", *map(str, args.part), *["--apart"] * args.apart]
+        command += ["--part", *map(str, args.part)]
         report: list[str] = []
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
