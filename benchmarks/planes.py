@@ -20,7 +20,7 @@ from itertools import product
 from multiprocessing.pool import Pool
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scan import (
@@ -75,7 +75,13 @@ class Pass(NamedTuple):
     usual: Chosen  # in a first round
 
 
-FORWARD = Pass(planes, "gspn2_planes", COMMON | dict(mixed=(0, 1), keep=(0, 1)), dict(mixed=1, keep=0))
+# `columns`: the width of slices of scans along columns, where it is another one.
+FORWARD = Pass(
+    planes,
+    "gspn2_planes",
+    COMMON | dict(mixed=(0, 1), keep=(0, 1), columns=(0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)),
+    dict(mixed=1, keep=0, columns=0),
+)
 BACKWARD = Pass(planes_backward, "gspn2_planes_backward", COMMON | dict(workers=(2, 3, 4, 6, 8)), dict(workers=4))
 PAIRS = ("lines", "places", "units")
 Job = tuple[bool, Variant, torch.dtype, int]
@@ -88,15 +94,20 @@ def work_of(shape: Shape, dtype: torch.dtype) -> planes.Work:
 
 
 def variant_of(which: Pass, work: planes.Work, chosen: Chosen) -> Variant | None:
-    options = {name: value for name, value in chosen.items() if not name.endswith(("_rows", "_columns"))}
+    options: dict[str, Any] = {
+        name: value for name, value in chosen.items() if not name.endswith(("_rows", "_columns"))
+    }
     pairs = {name: (chosen[f"{name}_rows"], chosen[f"{name}_columns"]) for name in PAIRS}
+    if columns := options.pop("columns", 0):
+        options["width"] = options["width"], columns
     v = which.module.make_variant(work, **options, **pairs)
     if v is None or v.threads > MOST_THREADS or v.grid < 60 or max(v.shares) > MOST_SHARE:
         return None
     # A lane may have another number of positions than was asked for; shares are worth a cluster.
     asked = all(v.places[along] == pairs["places"][along] for along in work.ways)
     worth = v.cluster == 1 or work.longest >= v.cluster * LEAST_SHARE
-    return v if asked and worth and v.width <= work.layout.D else None
+    widest = max(v.widths) if isinstance(v, planes.Variant) else v.width
+    return v if asked and worth and widest <= work.layout.D else None
 
 
 def grid(which: Pass, work: planes.Work) -> dict[Variant, Chosen]:
@@ -138,6 +149,8 @@ def of_table(which: Pass, work: planes.Work) -> dict[Variant, Chosen]:
     if v is None:
         return {}
     chosen = {name: getattr(v, name) for name in which.choices if name in v._fields}
+    if isinstance(v, planes.Variant):
+        chosen |= dict(width=v.widths[0], columns=v.widths[1])
     for name in PAIRS:
         chosen |= dict(zip((f"{name}_rows", f"{name}_columns"), getattr(v, name), strict=True))
     return {v: chosen | dict(most_stages=max(v.stages))}
@@ -212,11 +225,11 @@ class Search:
         return dict(shape=self.name, us=us, error=error, key=variant, **variant._asdict())
 
 
-SHOWN = "width cluster spans lines places units stages slots normalizers halo workers promotion mixed keep grid threads"
+SHOWN = "width widths cluster spans lines places units stages slots normalizers halo workers promotion mixed keep grid"
 
 
 def shown(v: Variant) -> str:
-    names = [name for name in SHOWN.split() if name in v._fields]
+    names = [name for name in (*SHOWN.split(), "threads") if name in v._fields]
     return " ".join(f"{name} {getattr(v, name)}" for name in names) + f" {v.shared >> 10} KB"
 
 

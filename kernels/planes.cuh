@@ -632,15 +632,17 @@ GSPN2_DEVICE void scan_planes_along(const PlaneParams& planes, const Place& at) 
     }
 }
 
-// Positions of a block, halos included, of a lane, lines of a box and what a normalising lane does at once: for scans along rows,
-// whose lines are columns, and along columns.
-template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS, int LINES_ROWS,
-          int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int SLOTS, int HALO, int CLUSTER, int THREADS, bool MIXED, bool KEEP, int HAS, bool DECAY>
+// Channels of a slice, positions of a block, halos included, and of a lane, lines of a box and what a normalising lane does at once:
+// for scans along rows, whose lines are columns, and along columns.
+template <typename T, int WIDTH_ROWS, int WIDTH_COLUMNS, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS,
+          int LINES_ROWS, int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int SLOTS, int HALO, int CLUSTER, int THREADS, bool MIXED,
+          bool KEEP, int HAS, bool DECAY>
 GSPN2_DEVICE void scan_planes(const PlaneParams& planes) {
     const Place at = find_place<CLUSTER, HALO, 8, MIXED>(planes.scan);
-    if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
-    using Rows = PlaneRing<T, WIDTH, SETS, SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
-    using Columns = PlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
+    // The whole cluster: this direction has fewer segments, or fewer slices.
+    if (at.first >= at.last || at.slice * (at.horizontal ? WIDTH_ROWS : WIDTH_COLUMNS) >= planes.scan.channels) return;
+    using Rows = PlaneRing<T, WIDTH_ROWS, (SETS > 1 ? WIDTH_ROWS : 1), SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
+    using Columns = PlaneRing<T, WIDTH_COLUMNS, (SETS > 1 ? WIDTH_COLUMNS : 1), SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
     if (at.horizontal) {
         scan_planes_along<DECAY, THREADS, KEEP, Rows>(planes, at);
     } else {

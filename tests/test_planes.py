@@ -79,6 +79,9 @@ FORCED = [
     (Case(1, 72, 64, 4), BF16, dict(width=4, cluster=2, lines=(16, 8), halo=16)),
     (Case(1, 50, 80, 5), FP16, dict(width=5, cluster=3, lines=(16, 16), places=(3, 8), halo=16, most_stages=2)),
     (Case(1, 40, 56, 3), BF16, dict(width=3, cluster=2, lines=(16, 4), places=(5, 8), halo=8, most_stages=2, mixed=1)),
+    (Case(2, 20, 32, 5), BF16, dict(width=(2, 4), lines=(16, 8))),
+    (Case(1, 24, 40, 5, normalizer="softmax"), FP16, dict(width=(3, 2), cluster=2, lines=(8, 4), mixed=1)),
+    (Case(1, 16, 24, 4, 4, gates="lam"), BF16, dict(width=(1, 3), lines=(8, 4))),
 ]
 
 
@@ -130,6 +133,7 @@ def random_variant(
 def test_random_variants_emulated(part, monkeypatch):
     seed, generator = seeded(part)
     more = dict(gates=("each", "shared", "lam"), decay=(False, False, False, True), mixed=(0, 1), keep=(0, 1))
+    more |= dict(width=(1, 2, 4, 5, 8, (1, 3), (2, 4), (5, 2)))
     case, dtype, chosen = random_variant(generator, planes.make_variant, **more)
     monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **chosen))
     got, expected, _ = run(case, dtype, generator.random() < 0.7, seed)
@@ -145,6 +149,9 @@ TABLE = [
     (Case(1, 127, 16, 5, directions=("left", "up")), BF16),
     (Case(1, 5, 320, 2, directions=("up", "right")), BF16),
     (Case(17, 3, 136, 1, directions=("up", "right")), BF16),
+    (Case(133, 2, 104, 8, directions=("down",)), BF16),
+    (Case(4, 2, 136, 30), BF16),
+    (Case(5, 2, 648, 24, directions=("down",)), FP16),
     (Case(1, 500, 16, 2, directions=("right", "down")), FP16),
     (Case(1, 700, 16, 1, directions=("left",)), BF16),
     (Case(1, 2, 2048, 1, directions=("down",)), BF16),
@@ -228,9 +235,9 @@ def test_table_gives_a_variant_that_fits():
             continue
         taken += 1
         assert v is not None and v.shared <= H100.shared, work
-        assert v.threads <= 1024 and v.normalizers >= 1 and v.slices * v.width >= layout.D
-        assert v.sets == (v.width if layout.G == layout.D > 1 else 1)
-        assert v.sets > 1 or layout.D // layout.G % v.width == 0 or layout.G == 1
+        assert v.threads <= 1024 and v.normalizers >= 1 and v.slices * min(v.widths) >= layout.D
+        assert v.sets == (max(v.widths) if layout.G == layout.D > 1 else 1)
+        assert v.sets > 1 or layout.D // layout.G % v.widths[0] == 0 or layout.G == 1
         for along in work.ways:
             lines = work.lines(along)
             halos = min(v.cluster - 1, 2) * v.halo
@@ -248,20 +255,21 @@ def test_table_gives_a_variant_that_fits():
         (2, 32, 160, 10, 1, 128),
         (2, 64, 80, 5, 1, 128),
         (2, 128, 160, 4, 1, 320),
-        (2, 256, 80, 8, 4, 320),
+        (1, 128, 160, 4, 1, 160),
+        (2, 256, 80, 6, 4, 448),
         (1, 256, 80, 5, 2, 128),
-        (1, 256, 160, 8, 4, 320),
+        (1, 256, 160, 6, 4, 432),
         (1, 256, 6, 6, 4, 16),
         (1, 512, 80, 6, 8, 448),
-        (1, 1024, 40, 8, 16, 320),
-        (1, 1024, 80, 8, 16, 640),
+        (1, 1024, 40, 6, 16, 448),
+        (1, 1024, 80, 6, 16, 896),
         (16, 1024, 8, 8, 16, 1024),
     ],
 )
 def test_the_table_takes_what_was_timed(B, side, D, width, cluster, blocks):
     layout = planes.Layout(D, 1, (0, 1, 2, 3), 4, True, True)
     v = planes.choose(planes.Work(B, side, side, layout, 0, 2, False), H100)
-    assert (v.width, v.cluster, v.grid) == (width, cluster, blocks)
+    assert (v.widths[0], v.cluster, v.grid) == (width, cluster, blocks)
 
 
 def test_other_devices_and_shapes_have_none():

@@ -88,10 +88,10 @@ class Work(NamedTuple):
 
 
 class Variant(NamedTuple):
-    width: int  # channels of a slice
     sets: int  # of weights: one, or one for each channel
     cluster: int
     # For scans along rows and along columns.
+    widths: tuple[int, int]  # channels of a slice
     spans: tuple[int, int]  # positions of a block, halos included
     shares: tuple[int, int]  # without
     places: tuple[int, int]  # positions of a lane
@@ -124,7 +124,7 @@ def lane_places(span: int, most: int, along: int) -> int:
 
 def make_variant(
     work: Work,
-    width: int,
+    width: int | tuple[int, int],
     cluster: int = 1,
     lines: tuple[int, int] = (32, 16),
     places: tuple[int, int] = (5, 4),
@@ -138,17 +138,19 @@ def make_variant(
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
-    """The variant with these choices (of `places` and `units` the most) and as many stages as `shared` bytes hold, None
-    where a block cannot have it."""
+    """The variant with these choices (of `places` and `units` the most; two widths of slices for scans along rows and
+    along columns) and as many stages as `shared` bytes hold, None where a block cannot have it."""
     D, G = work.layout.D, work.layout.G
-    sets = width if G == D and G > 1 else 1
-    if sets == 1 and G > 1 and D // G % width:
+    widths = width if isinstance(width, tuple) else (width, width)
+    own = G == D and G > 1
+    if not own and G > 1 and any(D // G % n for n in widths):
         return None
     tiles = 1 + work.layout.lam + work.layout.u
     spans, shares, stages, chosen, at_once = [8, 8], [8, 8], [1, 1], [1, 1], [1, 1]
     most_warps = used = 0
     for along in (0, 1):
-        each, all_lines = lines[along], work.lines(along)
+        width, each, all_lines = widths[along], lines[along], work.lines(along)
+        sets = width if own else 1
         part = min(each, 8) if along else 16 // work.size
         row = each * work.size
         if part % 2 or each % part or halo % part or (not along and row not in (16, 32, 64, 128)):
@@ -179,12 +181,12 @@ def make_variant(
     threads = 32 * (SERVANTS + normalizers + most_warps)
     if threads > 1024:
         return None
-    slices = -(-D // width)
+    slices = -(-D // min(widths))
     grid = work.blocks * slices * cluster
     return Variant(
-        width,
-        sets,
+        max(widths) if own else 1,
         cluster,
+        widths,
         (spans[0], spans[1]),
         (shares[0], shares[1]),
         (chosen[0], chosen[1]),
@@ -212,7 +214,8 @@ class Row(NamedTuple):
     own: bool  # whether each channel has weights of its own
     size: int  # bytes of an element
     share: int  # positions of a block at most, halos not included, where clusters may be large enough for that
-    width: int  # channels of a slice at most
+    # Channels of a slice at most; two where scans along columns have wider ones, for more than two waves of blocks.
+    width: int | tuple[int, int]
     lines: tuple[int, int]
     places: tuple[int, int]
     units: tuple[int, int]
@@ -229,10 +232,13 @@ class Row(NamedTuple):
 ROWS = (
     Row(32, 40, False, 2, 40, 10, (16, 4), (2, 2), (4, 2), 2, promotion=0, mixed=1),
     Row(41, 96, False, 2, 96, 5, (16, 4), (2, 2), (4, 2), 4, promotion=0, mixed=1),
-    Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 2), 8, keep=1),
+    Row(97, 128, False, 2, 128, (4, 8), (16, 8), (4, 4), (4, 2), 6, mixed=1, keep=1),
+    Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 4), 4, promotion=1, slots=2, keep=1, stages=4),
     Row(129, 383, False, 2, 128, 5, (16, 8), (5, 8), (8, 2), 5, 32, keep=1, stages=3, once=True),
+    Row(129, 383, False, 2, 64, (6, 10), (16, 8), (3, 4), (4, 4), 2, 16, slots=2, mixed=1, keep=1),
     Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1, keep=1, stages=4),
     Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 2, 16, mixed=1, keep=1),
+    Row(641, 1280, False, 2, 64, (6, 8), (16, 8), (3, 4), (4, 4), 4, 16),
     Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (8, 4), 4, 16, slots=2, stages=4),
     Row(1281, 2048, False, 2, 64, 4, (16, 8), (5, 8), (4, 2), 2, 16),
     Row(641, 1280, True, 2, 128, 2, (16, 4), (5, 4), (4, 1), 5, 16),
@@ -283,6 +289,11 @@ def choose(work: Work, device: Device) -> Variant | None:
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
     options = options_of(row, work, device, "mixed", "keep")
     D, cluster = work.layout.D, options["cluster"]
+    if isinstance(row.width, tuple):
+        # A slice that is nearly empty takes as long as the others.
+        left_over = any(10 * (-D % n) > D for n in row.width)
+        crowded = work.blocks * -(-D // row.width[0]) * cluster > 2 * device.processors
+        return make_variant(work, row.width, **options) if crowded and not left_over else None
     widths = list(range(min(row.width, D), 0, -1))
     if row.once:
         at_once = device.processors // cluster
@@ -307,7 +318,6 @@ def kernel_defines(
     choices: dict[str, object] = dict(
         STORAGE=name,
         LOGITS=name,
-        WIDTH=variant.width,
         SETS=variant.sets,
         SLOTS=variant.slots,
         HALO=variant.halo,
@@ -322,7 +332,7 @@ def kernel_defines(
 
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for a state."""
-    pairs = dict(SPAN="spans", PLACES="places", LINES="lines", UNIT="units")
+    pairs = dict(WIDTH="widths", SPAN="spans", PLACES="places", LINES="lines", UNIT="units")
     more = dict(THREADS=variant.threads, MIXED=variant.mixed, KEEP=variant.keep, DECAY=int(decay))
     return kernel_defines("PLANES", variant, storage, has, pairs, **more)
 
@@ -391,8 +401,8 @@ def make_launch(
         boxes.append(make_box(work, variant, MAPS * along + place, along, tensor, t, positions, planes))
 
     for along in work.ways:
-        add(0, along, FEATURES, features, variant.spans[along], variant.width)
-        add(1, along, FEATURES, features, variant.spans[along], 3 * variant.sets)
+        add(0, along, FEATURES, features, variant.spans[along], variant.widths[along])
+        add(1, along, FEATURES, features, variant.spans[along], 3 * min(variant.sets, variant.widths[along]))
         if not along:
             add(2, along, Y, y, variant.shares[along], 1)
             if state is not None:

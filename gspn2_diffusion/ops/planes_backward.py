@@ -202,7 +202,8 @@ def choose(work: Work, device: Device) -> Variant | None:
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
     pairs = dict(SPAN="spans", SHARE="shares", PLACES="places", LINES="lines", UNIT="units", STAGES="stages")
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, pairs, THREADS=up(variant.threads, 64))
+    more = dict(WIDTH=variant.width, THREADS=up(variant.threads, 64))
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, pairs, **more)
 
 
 class Gradients(NamedTuple):
