@@ -336,6 +336,8 @@ SHAPES = {
     "sd15-512-middle": (2, 8, 8, 160, 1, 4),
     "sdxl-4k-640": (2, 256, 256, 80, 1, 4),
     "sdxl-4k-1280": (2, 128, 128, 160, 1, 4),
+    "one-4k-640": (1, 256, 256, 80, 1, 4),
+    "one-4k-1280": (1, 128, 128, 160, 1, 4),
     "sdxl-8k-640": (1, 512, 512, 80, 1, 4),
     "sdxl-8k-1280": (1, 256, 256, 160, 1, 4),
     "sdxl-16k-640": (1, 1024, 1024, 80, 1, 4),
@@ -531,13 +533,18 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
                 # The most that a kernel has: the state that the forward saves, the backward's sums over blocks.
                 has = (1 if name == "first-gspn" else 3) + 4 * (not backward or variant.parts > 1)
                 jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype, has, decay)))
+    rows = set()
     for name, size in [
         ("sdxl-1024-1280", 2),
         ("sdxl-1024-640", 2),
         ("sdxl-4k-1280", 2),
+        ("one-4k-1280", 2),
+        ("sdxl-4k-640", 2),
+        ("one-4k-640", 2),
         ("narrow", 2),
         ("sdxl-8k-640", 2),
         ("sd15-8k-320", 2),
+        ("batch-16", 2),
         ("longest", 2),
         ("first-gspn", 4),
         ("first-gspn", 2),
@@ -548,10 +555,13 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         work, has = planes.Work(B, H, W, layout, 0, size, False), 1 + 2 * (G == 1) + 4
         from_planes, gradients = planes.choose(work, DEVICES["h100"]), planes_backward.choose(work, DEVICES["h100"])
         assert from_planes is not None
+        known = planes.rows_of(H, W, D, G, size)
+        rows.add(next(row for row in known if planes.variant_of(row, work, DEVICES["h100"])))
         jobs.add(("90", planes.defines(from_planes, dtype, has, False)))
         if gradients is not None:
             jobs.add(("90", planes.defines(from_planes, dtype, has + 8 * (G == 1), False)))
             jobs.add(("90", planes_backward.defines(gradients, dtype, has)))
+    assert rows == set(planes.ROWS)
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 

@@ -137,6 +137,7 @@ STATES = [
     (Case(1, 9, 16, 5), BF16, dict(width=5, lines=(16, 4))),
     (Case(1, 24, 64, 4, 2, gates="shared"), FP32, dict(width=2, cluster=2, lines=(16, 8))),
     (Case(1, 33, 32, 3, segment=16, decay=True), FP16, dict(width=3, lines=(16, 8))),
+    (Case(1, 20, 64, 5), BF16, dict(width=(2, 3), cluster=2, lines=(16, 8))),
 ]
 
 
@@ -164,6 +165,7 @@ def test_the_forward_leaves_the_state(case, dtype, choices, monkeypatch):
 def test_random_variants_leave_the_state(part, monkeypatch):
     _, generator = seeded(part)
     more = dict(gates=("each", "shared"), decay=(False, True), mixed=(0, 1), keep=(0, 1))
+    more |= dict(width=(1, 2, 5, (1, 3), (4, 2)))
     case, dtype, chosen = random_variant(generator, planes.make_variant, **more)
     monkeypatch.setattr(planes, "choose", lambda work, device: planes.make_variant(work, **chosen))
     check_state(case, dtype)

@@ -111,6 +111,8 @@ GRADIENTS = [
     (Case(1, 72, 88, 10, merge="sum"), HALF),
     (Case(1, 128, 128, 40), HALF),
     (Case(1, 90, 72, 12, 2), HALF),
+    (Case(9, 100, 128, 32), HALF),
+    (Case(4, 24, 256, 30), HALF),
     (Case(2, 256, 256, 20, normalizer="softmax"), HALF),
     (Case(1, 250, 96, 12, segment=32), HALF),
     (Case(1, 90, 512, 9, decay=True), ()),
