@@ -122,6 +122,29 @@ def lane_places(span: int, most: int, along: int) -> int:
     return max([n for n in kinds if n <= most] or kinds[:1], default=0)
 
 
+def chunk_of(work: Work, along: int, lines: int, halo: int) -> int:
+    """Lines of a chunk of a box with so many, 0 where there is none: chunks are of 16 bytes along rows, and edges are
+    exchanged between them."""
+    chunk = min(lines, 8) if along else 16 // work.size
+    whole = along or lines * work.size in (16, 32, 64, 128)
+    return 0 if not whole or lines % chunk or halo % chunk else chunk
+
+
+def share_of(
+    work: Work, along: int, lines: int, cluster: int, least: int, halos: int, places: int
+) -> tuple[int, int, int] | None:
+    """Positions that a block has of a line, `least` at least, with `halos` and without, and those of a lane; None where
+    it cannot have them, or boxes of so many lines not the map."""
+    # A box may reach beyond a map but not into the next segment, from either end.
+    all_lines = work.lines(along)
+    if all_lines < (work.H if along else work.W) and (all_lines % lines or (not along and work.W % lines)):
+        return None
+    share = max(up(-(-work.length(along) // cluster), 8), least)
+    span = share + halos
+    lane = lane_places(span, places, along)
+    return (span, share, lane) if lane and span <= 256 and lines <= 256 else None
+
+
 def make_variant(
     work: Work,
     width: int | tuple[int, int],
@@ -149,30 +172,24 @@ def make_variant(
     spans, shares, stages, chosen, at_once = [8, 8], [8, 8], [1, 1], [1, 1], [1, 1]
     most_warps = used = 0
     for along in (0, 1):
-        width, each, all_lines = widths[along], lines[along], work.lines(along)
-        sets = width if own else 1
-        part = min(each, 8) if along else 16 // work.size
-        row = each * work.size
-        if part % 2 or each % part or halo % part or (not along and row not in (16, 32, 64, 128)):
+        width, each = widths[along], lines[along]
+        sets, chunk = width if own else 1, chunk_of(work, along, each, halo)
+        if not chunk or chunk % 2:
             return None
         if along not in work.ways:
             continue
-        # A box may reach beyond a map but not into the next segment, from either end.
-        if all_lines < (work.H if along else work.W) and (all_lines % each or (not along and work.W % each)):
-            return None
-        shares[along] = max(up(-(-work.length(along) // cluster), 8), halo)
         # Blocks at a line's ends have one halo; of two blocks, both are.
-        span = spans[along] = shares[along] + min(cluster - 1, 2) * halo
-        chosen[along] = lane_places(span, places[along], along)
-        at_once[along] = units[along] if along else min(units[along], part)
-        if not chosen[along] or span > 256 or each > 256:
+        fit = share_of(work, along, each, cluster, halo, min(cluster - 1, 2) * halo, places[along])
+        if fit is None:
             return None
+        span, shares[along], chosen[along] = fit
+        spans[along], at_once[along] = span, units[along] if along else min(units[along], chunk)
         warps = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * (8 * warps + halo * width * 4) if cluster > 1 else 0
         header = up(8 * (4 * MOST_STAGES + 2 * MOST_SLOTS) + exchange)
         stage = tiles * up(width * each * span * work.size) + up(3 * sets * each * span * work.size)
-        weights = up(slots * part * sets * span * 2 * work.size)
-        batches = -(-all_lines // each)
+        weights = up(slots * chunk * sets * span * 2 * work.size)
+        batches = -(-work.lines(along) // each)
         stages[along] = min(most_stages, batches, (shared - header - weights) // stage)
         if stages[along] < min(2, batches):
             return None

@@ -19,14 +19,15 @@ from .planes import (
     Layout,
     Work,
     addressable,
+    chunk_of,
     find_rows,
     kernel_defines,
-    lane_places,
     launch_of,
     make_box,
     narrowest,
     options_of,
     pack_params,
+    share_of,
     up,
     view_of,
     work_of,
@@ -88,29 +89,24 @@ def make_variant(
     spans, shares, stages, chosen, at_once = [8 + halos] * 2, [8, 8], [1, 1], [2, 2], [1, 1]
     warps = used = 0
     for along in (0, 1):
-        each, all_lines = lines[along], work.lines(along)
-        chunk = min(each, 8) if along else 16 // work.size
-        row = each * work.size
-        if each % chunk or halo % chunk or halo % 8 or (not along and row not in (16, 32, 64, 128)):
+        each, chunk = lines[along], chunk_of(work, along, lines[along], halo)
+        if not chunk or halo % 8:
             return None
         if along not in work.ways:
             continue
-        # A box may reach beyond a map but not into the next segment, from either end.
-        if all_lines < (work.H if along else work.W) and (all_lines % each or (not along and work.W % each)):
+        fit = share_of(work, along, each, cluster, halos // 2, halos, places[along])
+        if fit is None or 3 * sets > 256:
             return None
-        share = shares[along] = max(up(-(-work.length(along) // cluster), 8), halo if cluster > 1 else 0)
-        span = spans[along] = share + halos
-        chosen[along] = lane_places(span, places[along], along)
+        span, share, chosen[along] = fit
+        spans[along], shares[along] = span, share
         at_once[along] = units[along] if along else min(units[along], chunk)
-        if not chosen[along] or span > 256 or each > 256 or 3 * sets > 256:
-            return None
-        tiles = [span, *[span] * work.layout.u, share + (2 * H_HALO if cluster > 1 else 0)]
+        row, tiles = each * work.size, [span, *[span] * work.layout.u, share + (2 * H_HALO if cluster > 1 else 0)]
         stage = sum(up(width * row * positions) for positions in tiles) + up(3 * sets * row * span)
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
         signals = up(8 * (3 * MOST_STAGES + 3 * MOST_SLOTS + (4 * scanning if cluster > 1 else 0)), 16)
         before = up(signals + exchange) + up(slots * chunk * sets * span * (2 * work.size + 4))
-        batches = -(-all_lines // each)
+        batches = -(-work.lines(along) // each)
         stages[along] = min(most_stages, batches, (shared - before) // stage)
         if stages[along] < min(2, batches):
             return None
