@@ -225,11 +225,14 @@ class Search:
         return dict(shape=self.name, us=us, error=error, key=variant, **variant._asdict())
 
 
-SHOWN = "width widths cluster spans lines places units stages slots normalizers halo workers promotion mixed keep grid"
+SHOWN = (
+    *("width", "widths", "cluster", "spans", "lines", "places", "units", "stages", "slots", "normalizers", "halo"),
+    *("workers", "promotion", "mixed", "keep", "grid", "threads"),
+)
 
 
 def shown(v: Variant) -> str:
-    names = [name for name in (*SHOWN.split(), "threads") if name in v._fields]
+    names = [name for name in SHOWN if name in v._fields]
     return " ".join(f"{name} {getattr(v, name)}" for name in names) + f" {v.shared >> 10} KB"
 
 

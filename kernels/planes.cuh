@@ -66,12 +66,12 @@ struct OuterWeights {
     }
 };
 
-// SETS: weight sets of a slice, 1 or one for each channel. SLOTS: chunks of weights. UNIT: what a normalising lane does at once,
+// SETS: weight sets of a slice, 1 or, where more are asked for, one for each channel. SLOTS: chunks of weights. UNIT: what a normalising lane does at once,
 // lines of a position or, VERTICAL, positions of a line.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int PLACES_, int LINES_, int SLOTS_, int UNIT_, int HALO_, int CLUSTER_, int HAS, bool VERTICAL_>
 struct PlaneRing {
     using Type = T;
-    static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, PLACES = PLACES_, LINES = LINES_, SLOTS = SLOTS_, UNIT = UNIT_;
+    static constexpr int WIDTH = WIDTH_, SETS = SETS_ > 1 ? WIDTH_ : 1, SPAN = SPAN_, PLACES = PLACES_, LINES = LINES_, SLOTS = SLOTS_, UNIT = UNIT_;
     static constexpr int HALO = HALO_, CLUSTER = CLUSTER_;
     static constexpr bool VERTICAL = VERTICAL_;
     static constexpr bool LAM = HAS & HAS_LAM, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS, STATE = HAS & HAS_H;
@@ -79,7 +79,7 @@ struct PlaneRing {
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;  // lanes
     static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;  // channels; warps that scan
-    static_assert(SETS == 1 || SETS == WIDTH, "one for all channels or for each");
+    static_assert(SETS_ == 1 || SETS_ >= WIDTH, "one for all channels or for each of the wider way's");
     static_assert(U || !STATE, "without output gate y is h; else h goes where u was");
     static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
     static_assert(PER_CHANNEL <= 32, "a channel stays within a warp");
@@ -641,8 +641,8 @@ GSPN2_DEVICE void scan_planes(const PlaneParams& planes) {
     const Place at = find_place<CLUSTER, HALO, 8, MIXED>(planes.scan);
     // The whole cluster: this direction has fewer segments, or fewer slices.
     if (at.first >= at.last || at.slice * (at.horizontal ? WIDTH_ROWS : WIDTH_COLUMNS) >= planes.scan.channels) return;
-    using Rows = PlaneRing<T, WIDTH_ROWS, (SETS > 1 ? WIDTH_ROWS : 1), SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
-    using Columns = PlaneRing<T, WIDTH_COLUMNS, (SETS > 1 ? WIDTH_COLUMNS : 1), SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
+    using Rows = PlaneRing<T, WIDTH_ROWS, SETS, SPAN_ROWS, PLACES_ROWS, LINES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, HAS, false>;
+    using Columns = PlaneRing<T, WIDTH_COLUMNS, SETS, SPAN_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, HAS, true>;
     if (at.horizontal) {
         scan_planes_along<DECAY, THREADS, KEEP, Rows>(planes, at);
     } else {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gspn2_diffusion.ops import cuda
+from gspn2_diffusion.ops import cuda, planes
 from gspn2_diffusion.ops.cuda import Box, Device, Launch, kernel_folder, kernel_source
 
 HERE = Path(__file__).parent / "emulation"
@@ -26,6 +26,12 @@ DEVICES = {
 }
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+def row_of_table(work: planes.Work) -> planes.Row:
+    """Of the forward's table from planes, as an H100 takes it."""
+    rows = planes.rows_of(work.H, work.W, work.layout.D, work.layout.G, work.size)
+    return next(row for row in rows if planes.variant_of(row, work, DEVICES["h100"]))
 
 
 def _cache_folder() -> Path:

@@ -16,7 +16,7 @@ from gspn2_diffusion.ops import cuda, eager, planes, planes_backward
 from gspn2_diffusion.ops.cuda import Device, Launch, Work
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
-from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler
+from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler, row_of_table
 from .scan_cases import CASES, NAMES, Case, assert_close, make_inputs, seeded
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -555,8 +555,7 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         work, has = planes.Work(B, H, W, layout, 0, size, False), 1 + 2 * (G == 1) + 4
         from_planes, gradients = planes.choose(work, DEVICES["h100"]), planes_backward.choose(work, DEVICES["h100"])
         assert from_planes is not None
-        known = planes.rows_of(H, W, D, G, size)
-        rows.add(next(row for row in known if planes.variant_of(row, work, DEVICES["h100"])))
+        rows.add(row_of_table(work))
         jobs.add(("90", planes.defines(from_planes, dtype, has, False)))
         if gradients is not None:
             jobs.add(("90", planes.defines(from_planes, dtype, has + 8 * (G == 1), False)))

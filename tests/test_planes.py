@@ -15,7 +15,7 @@ from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
 from gspn2_diffusion.ops.validation import DIRECTIONS
 
-from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler
+from .emulated import DEVICES, emulate_driver, execute, library, needs_compiler, row_of_table
 from .scan_cases import Case, assert_close, make_features, planes_options, seeded
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -161,9 +161,8 @@ TABLE = [
 
 
 def row(case: Case, dtype: torch.dtype) -> planes.Row:
-    rows = planes.rows_of(case.H, case.W, case.D, case.G, dtype.itemsize)
     work = planes.Work(case.B, case.H, case.W, layout_of(case), case.segment or 0, dtype.itemsize, case.decay)
-    return next(row for row in rows if planes.variant_of(row, work, H100))
+    return row_of_table(work)
 
 
 @needs_compiler

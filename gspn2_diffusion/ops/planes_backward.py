@@ -85,8 +85,8 @@ def make_variant(
     sets = width if G == D and G > 1 else 1
     if (sets == 1 and G > 1 and D // G % width) or not 1 <= slots <= MOST_SLOTS:
         return None
-    halos = 2 * halo if cluster > 1 else 0
-    spans, shares, stages, chosen, at_once = [8 + halos] * 2, [8, 8], [1, 1], [2, 2], [1, 1]
+    low = halo if cluster > 1 else 0  # on either side
+    spans, shares, stages, chosen, at_once = [8 + 2 * low] * 2, [8, 8], [1, 1], [2, 2], [1, 1]
     warps = used = 0
     for along in (0, 1):
         each, chunk = lines[along], chunk_of(work, along, lines[along], halo)
@@ -94,7 +94,7 @@ def make_variant(
             return None
         if along not in work.ways:
             continue
-        fit = share_of(work, along, each, cluster, halos // 2, halos, places[along])
+        fit = share_of(work, along, each, cluster, low, 2 * low, places[along])
         if fit is None or 3 * sets > 256:
             return None
         span, share, chosen[along] = fit
