@@ -235,11 +235,16 @@ def error_of_backward(given: tuple, expected: tuple[torch.Tensor, ...], shape: S
 
 
 def python_us(work: Callable[[], object]) -> float:
-    """Without waiting for the GPU: what a call costs the host, as long as the GPU keeps up."""
-    start = time.perf_counter()
-    for _ in range(50):
-        work()
-    return (time.perf_counter() - start) / 50 * 1e6
+    """Without waiting for the GPU: what a call costs the host, as long as the GPU keeps up; the median of 9 rounds."""
+    times = []
+    for _ in range(9):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            work()
+        times.append(time.perf_counter() - start)
+    return median(times) / 50 * 1e6
 
 
 def attempt(what: str, work: Callable[[], float]) -> float | None:
@@ -254,7 +259,8 @@ def attempt(what: str, work: Callable[[], float]) -> float | None:
 def launch_all(args: argparse.Namespace, device: torch.device) -> None:
     """What the run will, once."""
     shapes = [(SHAPES[name], DTYPES[dtype]) for name in args.shapes for dtype in args.dtypes]
-    for shape, dtype in shapes + [(square(side), torch.bfloat16) for side in args.sides]:
+    squares = [square(side, channels) for channels in args.side_channels for side in args.sides]
+    for shape, dtype in shapes + [(shape, torch.bfloat16) for shape in squares]:
         like, sizes = torch.empty(0, dtype=dtype, device=device), (shape.H, shape.W, shape.D, shape.G)
         planes = [scans_planes(like, *sizes, training=training) for training in (False, True)]
         if planes[0]:
@@ -267,8 +273,8 @@ def launch_all(args: argparse.Namespace, device: torch.device) -> None:
             last_backward(make_inputs(shape, dtype, device), shape, lambda work: work(0))
 
 
-def square(side: int) -> Shape:
-    return Shape(1, side, side, 16)
+def square(side: int, channels: int) -> Shape:
+    return Shape(1, side, side, channels)
 
 
 def measure(
@@ -327,10 +333,10 @@ def measure(
     return rows
 
 
-def scaling(timer: Timer, sides: list[int]) -> list[dict]:
+def scaling(timer: Timer, bandwidth: float, sides: list[int], channels: int) -> list[dict]:
     rows: list[dict] = []
     for side in sides:
-        shape = square(side)
+        shape = square(side, channels)
         with torch.no_grad():
             if scans_planes(torch.empty(0, dtype=torch.bfloat16, device=timer.device), side, side, shape.D):
                 features = make_features(shape, torch.bfloat16, timer.device)
@@ -338,7 +344,9 @@ def scaling(timer: Timer, sides: list[int]) -> list[dict]:
             else:
                 inputs = make_inputs(shape, torch.bfloat16, timer.device)
                 seconds = timer(lambda _, inputs=inputs: gspn2_scan(*inputs))
-        rows.append(dict(side=side, us=seconds * 1e6, ratio=seconds * 1e6 / rows[-1]["us"] if rows else None))
+        floor = floor_bytes(shape, torch.bfloat16, False) / bandwidth * 1e6
+        ratio = seconds * 1e6 / rows[-1]["us"] if rows else None
+        rows.append(dict(channels=channels, side=side, us=seconds * 1e6, floor_us=floor, ratio=ratio))
     return rows
 
 
@@ -352,8 +360,11 @@ def plot(rows: list[dict], sides: list[dict], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    axes.loglog([r["side"] for r in sides], [r["us"] for r in sides], "o-", base=2)
-    axes.set(xlabel="side (tokens)", ylabel="forward, µs", title="Four directions, B1 D16 bf16")
+    for channels in dict.fromkeys(r["channels"] for r in sides):
+        times = {r["side"]: r["us"] for r in sides if r["channels"] == channels}
+        axes.loglog(times.keys(), times.values(), "o-", base=2, label=f"D{channels}")
+    axes.set(xlabel="side (tokens)", ylabel="forward, µs", title="Four directions, B1 bf16")
+    axes.legend()
     figure.savefig(out / "scaling.png", dpi=150)
     shapes = list(dict.fromkeys(r["shape"] for r in rows))
     kinds = list(dict.fromkeys((r["work"], r["dtype"]) for r in rows))
@@ -383,6 +394,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
     parser.add_argument("--sides", nargs="*", type=int, default=[256, 512, 1024, 2048])
+    parser.add_argument("--side-channels", nargs="+", type=int, default=[16, 80], help="D of these, each on its own")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--no-backward", action="store_true", help="only the forward")
     parser.add_argument("--no-compare", action="store_true", help="only the scan itself")
@@ -415,9 +427,12 @@ def main() -> None:
                 print(" ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
             rows += new
             write(rows, args.out / "scan.csv")
-    sides = scaling(timer, args.sides)
+    few = torch.zeros(8, device=device)
+    print(f"Beside python_us: an add_ of torch's costs the host {python_us(lambda: few.add_(1)):.3g} us")
+    sides = [row for channels in args.side_channels for row in scaling(timer, bandwidth, args.sides, channels)]
     for row in sides:
-        print(f"side {row['side']}: {row['us']:.1f} us" + (f", x{row['ratio']:.2f}" if row["ratio"] else ""))
+        times = f"{row['us']:.1f} us, floor {row['floor_us']:.1f}" + (f", x{row['ratio']:.2f}" if row["ratio"] else "")
+        print(f"D{row['channels']}, side {row['side']}: {times}")
     if sides:
         write(sides, args.out / "scaling.csv")
         plot(rows, sides, args.out)

@@ -29,5 +29,5 @@ def test_the_backward_that_is_timed_gives_autograds_gradients(shape):
 def test_a_bar_for_each_pass_of_each_shape(tmp_path):
     passes = [("forward", "bf16"), ("backward", "bf16"), ("forward", "fp32")]
     rows = [dict(shape=s, work=w, dtype=d, fraction=0.5) for s in ("one", "other") for w, d in passes]
-    scan.plot(rows, [dict(side=256, us=1.0), dict(side=512, us=4.0)], tmp_path)
+    scan.plot(rows, [dict(channels=8, side=256, us=1.0), dict(channels=8, side=512, us=4.0)], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"fraction.png", "scaling.png"}
