@@ -65,7 +65,11 @@ COMMON: dict[str, tuple] = dict(
     halo=(8, 16, 24, 32),
     promotion=(0, 1, 2),
     most_stages=(2, 3, 4, 8),
+    mixed=(0, 1),
+    keep=(0, 1),
+    columns=(0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20),  # the width of slices along columns, where it is another one
 )
+USUAL = dict(lines_rows=16, units_rows=4, units_columns=2, normalizers=4, promotion=2, keep=0, columns=0)
 
 
 class Pass(NamedTuple):
@@ -75,14 +79,10 @@ class Pass(NamedTuple):
     usual: Chosen  # in a first round
 
 
-# `columns`: the width of slices of scans along columns, where it is another one.
-FORWARD = Pass(
-    planes,
-    "gspn2_planes",
-    COMMON | dict(mixed=(0, 1), keep=(0, 1), columns=(0, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20)),
-    dict(mixed=1, keep=0, columns=0),
+FORWARD = Pass(planes, "gspn2_planes", COMMON, USUAL | dict(mixed=1))
+BACKWARD = Pass(
+    planes_backward, "gspn2_planes_backward", COMMON | dict(workers=(2, 3, 4, 6, 8)), USUAL | dict(workers=4, mixed=0)
 )
-BACKWARD = Pass(planes_backward, "gspn2_planes_backward", COMMON | dict(workers=(2, 3, 4, 6, 8)), dict(workers=4))
 PAIRS = ("lines", "places", "units")
 Job = tuple[bool, Variant, torch.dtype, int]
 
@@ -106,13 +106,11 @@ def variant_of(which: Pass, work: planes.Work, chosen: Chosen) -> Variant | None
     # A lane may have another number of positions than was asked for; shares are worth a cluster.
     asked = all(v.places[along] == pairs["places"][along] for along in work.ways)
     worth = v.cluster == 1 or work.longest >= v.cluster * LEAST_SHARE
-    widest = max(v.widths) if isinstance(v, planes.Variant) else v.width
-    return v if asked and worth and widest <= work.layout.D else None
+    return v if asked and worth and max(v.widths) <= work.layout.D else None
 
 
 def grid(which: Pass, work: planes.Work) -> dict[Variant, Chosen]:
     found: dict[Variant, Chosen] = {}
-    rest = dict(lines_rows=16, units_rows=4, units_columns=2, normalizers=4, promotion=2) | which.usual
     outer = [which.choices["width"], which.choices["cluster"], which.choices["halo"], (4, 8, 2)]
     for width, cluster, halo, places_columns in product(*outer):
         # Narrow slices that share weights make the same ones too often.
@@ -121,7 +119,7 @@ def grid(which: Pass, work: planes.Work) -> dict[Variant, Chosen]:
             continue
         for slots, lines_columns, places_rows in product((3, 2), (8, 4), (3, 5, 7, 6, 4, 2)):
             chosen = dict(width=width, cluster=cluster, halo=halo, slots=slots, places_rows=places_rows)
-            chosen |= dict(lines_columns=lines_columns, places_columns=places_columns) | rest
+            chosen |= dict(lines_columns=lines_columns, places_columns=places_columns) | which.usual
             v = variant_of(which, work, chosen | dict(most_stages=planes.MOST_STAGES))
             if v is not None:
                 found[v] = chosen | dict(most_stages=planes.MOST_STAGES)
@@ -149,8 +147,7 @@ def of_table(which: Pass, work: planes.Work) -> dict[Variant, Chosen]:
     if v is None:
         return {}
     chosen = {name: getattr(v, name) for name in which.choices if name in v._fields}
-    if isinstance(v, planes.Variant):
-        chosen |= dict(width=v.widths[0], columns=v.widths[1])
+    chosen |= dict(width=v.widths[0], columns=v.widths[1])
     for name in PAIRS:
         chosen |= dict(zip((f"{name}_rows", f"{name}_columns"), getattr(v, name), strict=True))
     return {v: chosen | dict(most_stages=max(v.stages))}
@@ -226,7 +223,7 @@ class Search:
 
 
 SHOWN = (
-    *("width", "widths", "cluster", "spans", "lines", "places", "units", "stages", "slots", "normalizers", "halo"),
+    *("widths", "cluster", "spans", "lines", "places", "units", "stages", "slots", "normalizers", "halo"),
     *("workers", "promotion", "mixed", "keep", "grid", "threads"),
 )
 

@@ -59,7 +59,7 @@ PLANES = [
     (1, 250, 16, 3, 1, 32, "concat", True, 4),
     (1, 3, 704, 4, 4, None, "concat", False, 1),
     (1, 700, 32, 4, 4, None, "concat", False, 4),
-    (34, 2, 104, 8, 1, None, "concat", True, 4),
+    (12, 2, 104, 24, 1, None, "concat", True, 4),
 ]
 
 

@@ -59,6 +59,13 @@ struct alignas(64) TensorMap {
     unsigned long long words[16];
 };
 
+// For what the second-level cache is to keep longer than other lines.
+GSPN2_DEVICE unsigned long long kept() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 #if __CUDA_ARCH__ >= 900
 GSPN2_DEVICE unsigned shared_address(const void* shared) { return static_cast<unsigned>(__cvta_generic_to_shared(shared)); }
 GSPN2_DEVICE unsigned peer_address(const void* shared, int rank) {
@@ -133,18 +140,25 @@ GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int posi
                      "r"(direction), "r"(batch)
                      : "memory");
     } else {
-        unsigned long long policy;
-        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
         asm volatile(GSPN2_LOAD_BOX ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(target), "l"(&map), "r"(full), "r"(channel),
-                     "r"(position), "r"(line), "r"(direction), "r"(batch), "l"(policy)
+                     "r"(position), "r"(line), "r"(direction), "r"(batch), "l"(kept())
                      : "memory");
     }
 }
+#define GSPN2_STORE_BOX "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group"
 // The way back, of what the tensor has.
+template <bool KEEP = false>
 GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int line, int direction, int batch, const void* from) {
-    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-                 "r"(shared_address(from)), "r"(channel), "r"(position), "r"(line), "r"(direction), "r"(batch)
-                 : "memory");
+    const unsigned source = shared_address(from);
+    if constexpr (!KEEP) {
+        asm volatile(GSPN2_STORE_BOX " [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map), "r"(source), "r"(channel), "r"(position), "r"(line),
+                     "r"(direction), "r"(batch)
+                     : "memory");
+    } else {
+        asm volatile(GSPN2_STORE_BOX ".L2::cache_hint [%0, {%2, %3, %4, %5, %6}], [%1], %7;" ::"l"(&map), "r"(source), "r"(channel), "r"(position),
+                     "r"(line), "r"(direction), "r"(batch), "l"(kept())
+                     : "memory");
+    }
 }
 // Ends a group of this thread's boxes; until all but the last `LEFT` groups have been read from shared memory.
 GSPN2_DEVICE void end_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -161,6 +175,7 @@ GSPN2_DEVICE void signal_expect(Signal*, int) {}
 GSPN2_DEVICE void signal_arrive(Signal*) {}
 template <bool KEEP = false>
 GSPN2_DEVICE void load_box(void*, const TensorMap&, int, int, int, int, int, Signal*) {}
+template <bool KEEP = false>
 GSPN2_DEVICE void store_box(const TensorMap&, int, int, int, int, int, const void*) {}
 GSPN2_DEVICE void end_group() {}
 template <int LEFT>
@@ -177,12 +192,17 @@ template <int N>
 GSPN2_DEVICE void send_if(bool, const Remote&, int, int, const float (&)[N]) {}
 #endif
 
-// A vector of words to global memory if `condition`; without a branch.
-template <int WORDS>
+// A vector of words to global memory if `condition`; without a branch. KEEP: as above, of 16 bytes.
+template <int WORDS, bool KEEP = false>
 GSPN2_DEVICE void store_words_if(bool condition, void* to, const unsigned (&words)[WORDS]) {
     static_assert(WORDS == 1 || WORDS == 2 || WORDS == 4, "one vector");
     const unsigned stores = condition;
-    if constexpr (WORDS == 4) {
+    if constexpr (KEEP) {
+        static_assert(WORDS == 4, "of 16 bytes");
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %6; }" ::"l"(to),
+                     "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(stores), "l"(kept())
+                     : "memory");
+    } else if constexpr (WORDS == 4) {
         asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(to), "r"(words[0]), "r"(words[1]),
                      "r"(words[2]), "r"(words[3]), "r"(stores)
                      : "memory");

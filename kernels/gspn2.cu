@@ -5,7 +5,8 @@
 // tensors (1 lam, 2 u, 4 the forward's state or the backward's partial sums); DECAY, whether the state decays by 1 - lam.
 // BULK and BULK_BACKWARD, those of bulk.cuh and bulk_backward.cuh, have CHANNELS of a scanning lane and WIDTH of a block instead
 // of VEC, SETS and LANES; PLACES, positions of a lane; BATCH, lines of a box; and HALO, lines between exchanges in a cluster.
-// PLANES, that of planes.cuh, has SETS, too, and WIDTH, PLACES and LINES of a box twice: for scans along rows and along columns.
+// PLANES, that of planes.cuh, has SETS, too, and WIDTH, PLACES and LINES of a box twice: for scans along rows and along columns;
+// MIXED, whether blocks that run at once go different ways; KEEP, whether the second-level cache keeps what is read again.
 // PLANES_BACKWARD, that of planes_backward.cuh, also has SHARE, of SPAN without halos, and STAGES. FINISH_PLANES follows it.
 #include "backward.cuh"
 #include "bulk_backward.cuh"
@@ -37,9 +38,10 @@ GSPN2_KERNEL gspn2_planes(const __grid_constant__ PlaneParams p) {
 }
 #elif defined(GSPN2_PLANES_BACKWARD)
 GSPN2_KERNEL gspn2_planes_backward(const __grid_constant__ PlaneBackwardParams p) {
-    scan_planes_backward<GSPN2_STORAGE, GSPN2_WIDTH, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_SPAN_COLUMNS, GSPN2_SHARE_ROWS, GSPN2_SHARE_COLUMNS,
-                         GSPN2_PLACES_ROWS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_ROWS, GSPN2_LINES_COLUMNS, GSPN2_UNIT_ROWS, GSPN2_UNIT_COLUMNS,
-                         GSPN2_STAGES_ROWS, GSPN2_STAGES_COLUMNS, GSPN2_SLOTS, GSPN2_HALO, GSPN2_CLUSTER, GSPN2_THREADS, GSPN2_HAS>(p);
+    scan_planes_backward<GSPN2_STORAGE, GSPN2_WIDTH_ROWS, GSPN2_WIDTH_COLUMNS, GSPN2_SETS, GSPN2_SPAN_ROWS, GSPN2_SPAN_COLUMNS,
+                         GSPN2_SHARE_ROWS, GSPN2_SHARE_COLUMNS, GSPN2_PLACES_ROWS, GSPN2_PLACES_COLUMNS, GSPN2_LINES_ROWS,
+                         GSPN2_LINES_COLUMNS, GSPN2_UNIT_ROWS, GSPN2_UNIT_COLUMNS, GSPN2_STAGES_ROWS, GSPN2_STAGES_COLUMNS, GSPN2_SLOTS,
+                         GSPN2_HALO, GSPN2_CLUSTER, GSPN2_THREADS, GSPN2_MIXED, GSPN2_KEEP, GSPN2_HAS>(p);
 }
 #elif defined(GSPN2_FINISH_PLANES)
 GSPN2_KERNEL gspn2_finish_planes(const PlaneFinish p) { finish_planes<GSPN2_STORAGE, GSPN2_DIRECTIONS, GSPN2_HAS & HAS_LAM>(p); }

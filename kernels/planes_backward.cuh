@@ -29,14 +29,14 @@ struct PlaneBackwardParams {
     int workers;                   // warps that make gradients
 };
 
-// SHARE: positions of SPAN without halos.
+// SHARE: positions of SPAN without halos. KEEP: g, which is soon read again, stays in the second-level cache rather than the rest.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int SHARE_, int PLACES_, int LINES_, int STAGES_, int SLOTS_, int UNIT_, int HALO_,
-          int CLUSTER_, int THREADS, int HAS, bool VERTICAL_>
+          int CLUSTER_, int THREADS, bool KEEP_, int HAS, bool VERTICAL_>
 struct BackwardPlaneRing {
     using Type = T;
-    static constexpr int WIDTH = WIDTH_, SETS = SETS_, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
+    static constexpr int WIDTH = WIDTH_, SETS = SETS_ > 1 ? WIDTH_ : 1, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
     static constexpr int SLOTS = SLOTS_, UNIT = UNIT_, HALO = HALO_, CLUSTER = CLUSTER_;
-    static constexpr bool VERTICAL = VERTICAL_, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
+    static constexpr bool KEEP = KEEP_, VERTICAL = VERTICAL_, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
     static constexpr int SIZE = sizeof(T), PART = 16 / SIZE;
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
@@ -44,7 +44,7 @@ struct BackwardPlaneRing {
     // Where registers are short, half of a chunk's lines of a position at a time.
     static constexpr bool HALVES = !VERTICAL && PLACES > (THREADS > 512 ? 2 : 4);
     static constexpr int TASK_LANES = CHUNK * SHARE / PART, TASKS = (TASK_LANES + 31) / 32;  // of a chunk
-    static_assert(SETS == 1 || SETS == WIDTH, "one for all channels or for each");
+    static_assert(SETS_ == 1 || SETS_ >= WIDTH, "one for all channels or for each of the wider way's");
     static_assert(VERTICAL || (ROW & (ROW - 1)) == 0, "a chunk is some bits of its address");
     static_assert(PER_CHANNEL <= 32 && SPAN % 8 == 0 && SPAN % PLACES == 0, "a channel stays within a warp");
     static_assert(LINES % CHUNK == 0 && HALO % CHUNK == 0 && HALO % 8 == 0, "edges are exchanged between chunks");
@@ -144,11 +144,9 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
         signal_wait(R::done(turn.stage), turn.parity);
         engine_fence();
         for (int c = 0; c < count; ++c) {
-            const auto store = [&](int map, int from) {
-                store_box(planes.maps[0][map], line, at.start, at.batch, at.index * all + first + c, 0, box + from + (c * R::SPAN + R::LOW) * R::ROW);
-            };
-            store(BACK_G, R::G_AT);
-            if constexpr (R::U) store(BACK_DU, R::DY_AT);
+            const int plane = at.index * all + first + c, offset = (c * R::SPAN + R::LOW) * R::ROW;
+            store_box<R::KEEP>(planes.maps[0][BACK_G], line, at.start, at.batch, plane, 0, box + R::G_AT + offset);
+            if constexpr (R::U) store_box(planes.maps[0][BACK_DU], line, at.start, at.batch, plane, 0, box + R::DY_AT + offset);
         }
         end_group();
         groups_read<0>();
@@ -449,7 +447,8 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         const long long first = VERTICAL ? at.start : static_cast<long long>(at.start) * p.width;
         return global_memory(static_cast<T*>(view.data)) + at.batch * view.batch + at.index * view.direction + plane * view.group + first;
     };
-    T* const grad_logits = begin(p.grad_logits, 3 * group) + at.slice % p.parts * p.part_stride;
+    const int parts = R::SETS > 1 ? 1 : (p.channels / p.groups + WIDTH - 1) / WIDTH;  // slices of a group
+    T* const grad_logits = begin(p.grad_logits, 3 * group) + at.slice % parts * p.part_stride;
     [[maybe_unused]] T *g_planes = nullptr, *grad_u = nullptr;  // that lanes write
     if constexpr (VERTICAL) {
         g_planes = begin(p.grad_lam, slice);
@@ -583,7 +582,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                 for (int t = 0; t < 3; ++t) sum[t][e] += passed * before[t][e];
             }
             if constexpr (VERTICAL) {
-                store_words_if<4>(active, to_g, g.words);
+                store_words_if<4, R::KEEP>(active, to_g, g.words);
                 to_g += p.grad_lam.group;
                 if constexpr (R::U) store_words_if<4>(active, to_u, du.words), to_u += p.grad_u.group;
             } else if constexpr (R::U) {
@@ -673,15 +672,16 @@ GSPN2_DEVICE void scan_planes_back(const PlaneBackwardParams& planes, const Plac
 }
 
 // The sizes are those of `scan_planes`, and what a block has of a line without halos, and stages, for both ways.
-template <typename T, int WIDTH, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int SHARE_ROWS, int SHARE_COLUMNS, int PLACES_ROWS, int PLACES_COLUMNS,
-          int LINES_ROWS, int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int STAGES_ROWS, int STAGES_COLUMNS, int SLOTS, int HALO, int CLUSTER,
-          int THREADS, int HAS>
+template <typename T, int WIDTH_ROWS, int WIDTH_COLUMNS, int SETS, int SPAN_ROWS, int SPAN_COLUMNS, int SHARE_ROWS, int SHARE_COLUMNS,
+          int PLACES_ROWS, int PLACES_COLUMNS, int LINES_ROWS, int LINES_COLUMNS, int UNIT_ROWS, int UNIT_COLUMNS, int STAGES_ROWS,
+          int STAGES_COLUMNS, int SLOTS, int HALO, int CLUSTER, int THREADS, bool MIXED, bool KEEP, int HAS>
 GSPN2_DEVICE void scan_planes_backward(const PlaneBackwardParams& planes) {
     next_launch_may_begin();
-    const Place at = find_place<CLUSTER, HALO, 8>(planes.scan);
-    if (at.first >= at.last) return;  // the whole cluster: this direction has fewer segments
-    using Rows = BackwardPlaneRing<T, WIDTH, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, THREADS, HAS, false>;
-    using Columns = BackwardPlaneRing<T, WIDTH, SETS, SPAN_COLUMNS, SHARE_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, STAGES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, THREADS, HAS, true>;
+    const Place at = find_place<CLUSTER, HALO, 8, MIXED>(planes.scan);
+    // The whole cluster: this direction has fewer segments, or fewer slices.
+    if (at.first >= at.last || at.slice * (at.horizontal ? WIDTH_ROWS : WIDTH_COLUMNS) >= planes.scan.channels) return;
+    using Rows = BackwardPlaneRing<T, WIDTH_ROWS, SETS, SPAN_ROWS, SHARE_ROWS, PLACES_ROWS, LINES_ROWS, STAGES_ROWS, SLOTS, UNIT_ROWS, HALO, CLUSTER, THREADS, KEEP, HAS, false>;
+    using Columns = BackwardPlaneRing<T, WIDTH_COLUMNS, SETS, SPAN_COLUMNS, SHARE_COLUMNS, PLACES_COLUMNS, LINES_COLUMNS, STAGES_COLUMNS, SLOTS, UNIT_COLUMNS, HALO, CLUSTER, THREADS, KEEP, HAS, true>;
     if (at.horizontal) {
         scan_planes_back<Rows>(planes, at);
     } else {
@@ -697,17 +697,19 @@ struct PlaneSum {
     long long terms;
 };
 
-[[maybe_unused]] constexpr int MOST_SUMS = 3;
+[[maybe_unused]] constexpr int MOST_SUMS = 6;
 
 // What follows from g, and sums that have to wait for all of the scan.
 struct PlaneFinish {
     PlaneSum sums[MOST_SUMS];
     const void* features;
-    const void* bias;           // of every plane, or none
-    const void* g;              // of every direction and channel, planes apart by `pixels`
-    void* grad;                 // of features
-    long long apart, pixels;    // elements from one plane of features to the next, and of all others
-    int channels, lam, shared;  // none if nothing follows from g; the first plane of lam; whether directions share it
+    const void* bias;            // of every plane, or none
+    const void* g;               // of every direction and channel, planes apart by `pixels`
+    void* grad;                  // of features
+    long long apart, pixels;     // elements from one plane of features to the next, and of all others
+    long long summed;            // vectors of all sums
+    unsigned vectors, channels;  // of 16 bytes, of a plane; none if nothing follows from g
+    int lam, shared;             // the first plane of lam; whether directions share it
 };
 
 template <typename T>
@@ -772,14 +774,15 @@ template <typename T, int K, bool LAM>
 GSPN2_DEVICE void finish_planes(const PlaneFinish& p) {
     constexpr int PART = 16 / sizeof(T);
     launch_before_is_done();
-    long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-#pragma unroll
-    for (int s = 0; s < MOST_SUMS; ++s) {
-        if (index >= 0 && index < p.sums[s].vectors) add_planes<T>(p.sums[s], index);
-        index -= p.sums[s].vectors;
+    long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x - p.summed;
+    if (index < 0) {
+        int sum = 0;
+        for (index += p.summed; index >= p.sums[sum].vectors; ++sum) index -= p.sums[sum].vectors;
+        add_planes<T>(p.sums[sum], index);
+        return;
     }
-    const long long vectors = p.pixels / PART;
-    const int channel = index < 0 ? p.channels : static_cast<int>(index / vectors);
     // The last ones first: of these most is still in the second-level cache.
-    if (channel < p.channels) gradients_of_inputs<T, K, LAM>(p, p.channels - 1 - channel, (vectors - 1 - (index - channel * vectors)) * PART);
+    const unsigned left = static_cast<unsigned>(index), vectors = p.vectors, channel = left / vectors;
+    if (channel >= p.channels) return;
+    gradients_of_inputs<T, K, LAM>(p, p.channels - 1 - channel, static_cast<long long>(vectors - 1 - (left - channel * vectors)) * PART);
 }

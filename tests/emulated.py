@@ -9,10 +9,12 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
-from gspn2_diffusion.ops import cuda, planes
+from gspn2_diffusion.ops import cuda, planes, planes_backward
 from gspn2_diffusion.ops.cuda import Box, Device, Launch, kernel_folder, kernel_source
 
 HERE = Path(__file__).parent / "emulation"
@@ -28,10 +30,10 @@ DEVICES = {
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-def row_of_table(work: planes.Work) -> planes.Row:
-    """Of the forward's table from planes, as an H100 takes it."""
-    rows = planes.rows_of(work.H, work.W, work.layout.D, work.layout.G, work.size)
-    return next(row for row in rows if planes.variant_of(row, work, DEVICES["h100"]))
+def row_of_table(work: planes.Work, module: ModuleType = planes) -> planes.Row | planes_backward.Row:
+    """Of a pass's table from planes, as an H100 takes it."""
+    rows = module.rows_of(work.H, work.W, work.layout.D, work.layout.G, work.size)
+    return next(row for row in rows if module.variant_of(row, work, DEVICES["h100"]))
 
 
 def _cache_folder() -> Path:
@@ -84,10 +86,15 @@ def emulate_driver(monkeypatch: pytest.MonkeyPatch, known: bool = True) -> list[
     def function(launch: Launch, _index: int) -> None:
         launches.append(launch)
 
-    def start(_function: None, launch: Launch, params: bytearray, _index: int) -> None:
-        execute(launch, arguments=bytes(params))
+    class Starter(NamedTuple):
+        function: None
+        launch: Launch
+        params: bytearray
 
-    for name, value in dict(_encode=encode, _function=function, _templates={}, _start=start).items():
+        def __call__(self, _index: int) -> None:
+            execute(self.launch, arguments=bytes(self.params))
+
+    for name, value in dict(_encode=encode, _function=function, _templates={}, Starter=Starter).items():
         monkeypatch.setattr(cuda, name, value)
     return launches
 

@@ -3,11 +3,13 @@
 import ctypes
 import itertools
 import shutil
+import struct
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -313,6 +315,32 @@ def test_a_plan_follows_other_tensors(case, known, monkeypatch):
         assert_close("y", plan(tuple(inputs)), eager.scan_forward(*exact, *options(case), False, case.decay)[0])
 
 
+def test_threads_do_not_share_the_parameters_of_a_launch(monkeypatch):
+    met, made, given = threading.Barrier(2, timeout=30), [], []
+
+    class Starter(NamedTuple):
+        function: None
+        launch: Launch
+        params: bytearray
+
+        def __call__(self, _index: int) -> None:
+            if len(given) < 2:
+                met.wait()  # both have written theirs
+            given.append(struct.unpack("2Q", self.params))
+
+    monkeypatch.setattr(cuda, "_function", lambda launch, index: None)
+    monkeypatch.setattr(cuda, "Starter", lambda *args: made.append(Starter(*args)) or made[-1])
+    repeated = cuda.Repeated(Launch("gspn2_forward", (), bytes(16), 1, (32, 1), 1, 0), 0, [(0, 1), (1, 0)])
+    threads = [threading.Thread(target=repeated, args=((n, n + 1),)) for n in (10, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    repeated((30, 31))
+    assert sorted(given[:2]) == [(11, 10), (21, 20)] and given[2] == (31, 30)
+    assert len(made) == 2, "parameters are laid out once for each of the threads that launch at the same time"
+
+
 @needs_compiler
 @pytest.mark.parametrize("scale", [30, 3000])
 def test_extreme_logits_stay_finite(scale):
@@ -344,6 +372,8 @@ SHAPES = {
     "sdxl-16k-1280": (1, 512, 512, 160, 1, 4),
     "sd15-8k-320": (1, 1024, 1024, 40, 1, 4),
     "longest": (1, 2048, 2048, 40, 1, 4),
+    "longest-narrow": (1, 2048, 2048, 16, 1, 4),
+    "sd15-8k-narrow": (1, 1024, 1024, 16, 1, 4),
     "batch-16": (16, 1024, 1024, 8, 1, 4),
     "first-gspn": (16, 1024, 1024, 8, 8, 1),
     "wide-1024x576": (2, 72, 128, 40, 1, 4),
@@ -545,7 +575,9 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         ("sdxl-8k-640", 2),
         ("sd15-8k-320", 2),
         ("batch-16", 2),
+        ("sd15-8k-narrow", 2),
         ("longest", 2),
+        ("longest-narrow", 2),
         ("first-gspn", 4),
         ("first-gspn", 2),
     ]:
@@ -560,7 +592,8 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         if gradients is not None:
             jobs.add(("90", planes.defines(from_planes, dtype, has + 8 * (G == 1), False)))
             jobs.add(("90", planes_backward.defines(gradients, dtype, has)))
-    assert rows == set(planes.ROWS)
+            rows.add(row_of_table(work, planes_backward))
+    assert rows == {*planes.ROWS, *planes_backward.ROWS}
     source = tmp_path / "gspn2.cu"
     source.write_text(cuda.kernel_source())
 
@@ -595,10 +628,10 @@ class Driver:
         version._obj.value = self.version
         return 0
 
-    def cuLaunchKernelEx(self, config: Any, function: int, params: Any, _extra: None) -> int:
-        given = config._obj
+    def cuLaunchKernelEx(self, config: int, function: int, params: int, _extra: None) -> int:
+        given = cuda._Config.from_address(config)
         grid, block = (tuple(getattr(given, f"{what}_{axis}") for axis in "xyz") for what in ("grid", "block"))
-        bytes_given = ctypes.string_at(params._obj.value, 4)
+        bytes_given = ctypes.string_at(ctypes.c_void_p.from_address(params).value, 4)
         self.launched.append((function, grid, block, given.shared, given.stream, given.count, bytes_given))
         return 0 if function else 400
 
@@ -612,10 +645,16 @@ def test_the_driver_gets_a_launch(version, follows, monkeypatch):
     cuda._attributes.cache_clear()
     try:
         for each in (launch, launch._replace(follows=True)):
-            cuda._start(SimpleNamespace(ptr=5), each, bytearray(b"abcd"), 7)
+            params = bytearray(b"abcd")
+            start = cuda.Starter(SimpleNamespace(ptr=5), each, params)
+            start(7)
+            params[:] = b"efgh"  # a later call starts it with what is there then, on the stream of then
+            start(8)
         with pytest.raises(RuntimeError, match="did not start gspn2_forward \\(CUDA error 400\\)"):
-            cuda._start(SimpleNamespace(ptr=0), launch, bytearray(b"abcd"), 7)
+            cuda.Starter(SimpleNamespace(ptr=0), launch, params)(7)
     finally:
         cuda._attributes.cache_clear()
-    expected = [(5, (3, 1, 1), (32, 2, 1), 100, 77, count, b"abcd") for count in (0, follows)]
-    assert driver.launched[:2] == expected
+    calls = [(count, *call) for count in (0, follows) for call in ((77, b"abcd"), (78, b"efgh"))]
+    assert driver.launched[:4] == [
+        (5, (3, 1, 1), (32, 2, 1), 100, stream, count, given) for count, stream, given in calls
+    ]

@@ -155,6 +155,7 @@ TABLE = [
     (Case(1, 500, 16, 2, directions=("right", "down")), FP16),
     (Case(1, 700, 16, 1, directions=("left",)), BF16),
     (Case(1, 2, 2048, 1, directions=("down",)), BF16),
+    (Case(3, 2, 1288, 12, directions=("left", "down")), BF16),
     (Case(1, 650, 32, 2, 2, ("right",), gates="lam"), FP16),
     (Case(1, 650, 16, 2, 2, ("left",), gates="lam"), FP32),
 ]
@@ -260,9 +261,10 @@ def test_table_gives_a_variant_that_fits():
         (1, 256, 160, 6, 4, 432),
         (1, 256, 6, 6, 4, 16),
         (1, 512, 80, 6, 8, 448),
-        (1, 1024, 40, 6, 16, 448),
-        (1, 1024, 80, 6, 16, 896),
+        (1, 1024, 40, 5, 16, 512),
+        (1, 1024, 80, 5, 16, 1024),
         (16, 1024, 8, 8, 16, 1024),
+        (1, 2048, 40, 3, 16, 896),
     ],
 )
 def test_the_table_takes_what_was_timed(B, side, D, width, cluster, blocks):
@@ -398,7 +400,7 @@ def test_a_plan_follows_other_tensors(monkeypatch):
     layout = layout_of(case)
     features, bias = make_features(case, BF16)
     y = planes.scan(features, bias, layout, False, 0, False, device=H100, execute=launches.append)
-    plan = planes.Plan(features, bias, launches[0], tuple(y.shape), 0)
+    plan = planes.Plan(features, bias, launches[0], y, 0)
     for seed in (1, 0):
         others = make_features(case, BF16, seed)
         exact = planes.parts(others[0].double() + others[1].double()[:, None, None, None], layout)

@@ -11,7 +11,7 @@ from gspn2_diffusion.ops import eager, gspn2_scan_planes, planes, planes_backwar
 from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
 
-from .emulated import DEVICES, execute, library, needs_compiler
+from .emulated import DEVICES, execute, library, needs_compiler, row_of_table
 from .scan_cases import NAMES, Case, assert_close, make_features, planes_options, seeded
 from .test_planes import BF16, CASES, FP16, FP32, H100, _operands, layout_of, random_variant, works
 
@@ -94,6 +94,14 @@ FORCED = [
     (Case(1, 50, 80, 5), FP16, dict(width=5, cluster=3, lines=(16, 16), places=(3, 8), halo=16, most_stages=2)),
     (Case(1, 128, 80, 3), BF16, dict(width=3, cluster=2, lines=(16, 16), places=(5, 8), units=(2, 2))),
     (Case(1, 32, 32, 10, gates="shared"), BF16, dict(width=10, places=(1, 1), units=(8, 1))),
+    (Case(2, 24, 32, 7), BF16, dict(width=(2, 3), mixed=1, keep=1)),
+    (
+        Case(1, 24, 40, 5, directions=("right", "up", "left", "down"), gates="shared"),
+        FP16,
+        dict(width=(3, 5), cluster=2, keep=1),
+    ),
+    (Case(1, 24, 64, 5, 5, ("right", "up"), gates="lam"), FP16, dict(width=(3, 2), cluster=2, mixed=1)),
+    (Case(3, 16, 24, 4, 2, ("up", "right")), FP32, dict(width=(1, 2), lines=(8, 8))),
 ]
 
 
@@ -110,6 +118,7 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
 def test_random_variants_emulated(part, monkeypatch):
     seed, generator = seeded(part)
     more = dict(gates=("each", "shared", "lam", "none"), merge=("concat", "sum"), workers=(1, 3, 8))
+    more |= dict(mixed=(0, 1), keep=(0, 1), width=(1, 2, 5, (1, 3), (4, 2)))
     case, dtype, chosen = random_variant(generator, planes_backward.make_variant, **more)
     monkeypatch.setattr(planes_backward, "choose", lambda work, device: planes_backward.make_variant(work, **chosen))
     check(case, dtype, generator.random() < 0.7, seed)
@@ -176,16 +185,21 @@ TABLE = [
     (Case(1, 9, 32, 5, directions=("right", "up")), BF16),
     (Case(1, 9, 56, 3, directions=("left", "down")), BF16),
     (Case(1, 9, 104, 3, directions=("right", "up")), BF16),
+    (Case(17, 2, 104, 24, directions=("right", "up")), BF16),
     (Case(1, 9, 136, 9, directions=("left", "up")), BF16),
+    (Case(9, 2, 136, 16, directions=("left", "up")), BF16),
     (Case(1, 2, 1288, 1, directions=("down",)), BF16),
+    (Case(3, 2, 1288, 12, directions=("up", "left")), BF16),
     (Case(1, 660, 16, 2, directions=("right", "down")), FP16),
     (Case(1, 650, 16, 9, directions=("left",)), FP16),
+    (Case(3, 650, 8, 24, directions=("left", "up")), FP16),
     (Case(1, 660, 16, 2, 2, ("right",), gates="lam"), FP16),
 ]
 
 
-def row(case: Case, dtype: torch.dtype) -> planes_backward.Row | None:
-    return planes_backward.row_of(case.H, case.W, case.D, case.G, dtype.itemsize)
+def row(case: Case, dtype: torch.dtype) -> planes_backward.Row:
+    work = planes.Work(case.B, case.H, case.W, layout_of(case), case.segment or 0, dtype.itemsize, False)
+    return row_of_table(work, planes_backward)
 
 
 @needs_compiler
@@ -212,7 +226,7 @@ def test_table_gives_a_variant_that_fits():
     for work in works():
         v = planes_backward.choose(work, H100)
         layout = work.layout
-        if work.decay or planes_backward.row_of(work.H, work.W, layout.D, layout.G, work.size) is None:
+        if work.decay or not planes_backward.rows_of(work.H, work.W, layout.D, layout.G, work.size):
             assert v is None
             continue
         if v is None:  # a segment that boxes do not divide
@@ -220,9 +234,11 @@ def test_table_gives_a_variant_that_fits():
             continue
         taken += 1
         assert v.shared <= H100.shared and v.threads <= 1024 and v.workers >= 1 and v.normalizers >= 1, work
-        assert v.slices * v.width >= layout.D and v.sets == (v.width if layout.G == layout.D > 1 else 1)
-        assert v.sets > 1 or layout.G == 1 or layout.D // layout.G % v.width == 0
-        assert v.parts == (1 if v.sets > 1 else -(-layout.D // layout.G // v.width))
+        own = layout.G == layout.D > 1
+        assert v.slices * min(v.widths) >= layout.D and v.sets == (max(v.widths) if own else 1)
+        for width, parts in zip(v.widths, v.parts, strict=True):
+            assert own or layout.G == 1 or layout.D // layout.G % width == 0
+            assert parts == (1 if own else -(-layout.D // layout.G // width))
         for along in work.ways:
             halos = 2 * v.halo if v.cluster > 1 else 0
             assert v.shares[along] * v.cluster >= work.length(along) and v.spans[along] == v.shares[along] + halos
@@ -230,6 +246,28 @@ def test_table_gives_a_variant_that_fits():
             assert v.stages[along] >= min(2, -(-work.lines(along) // v.lines[along]))
             assert not along or v.places[along] & (v.places[along] - 1) == 0
     assert taken > 200
+
+
+# As an H100 timed them (docs/kernel.md).
+@pytest.mark.parametrize(
+    ("B", "side", "D", "widths", "cluster", "blocks"),
+    [
+        (2, 32, 160, (15, 15), 1, 88),
+        (2, 64, 80, (8, 8), 1, 80),
+        (2, 128, 160, (6, 8), 2, 432),
+        (1, 128, 160, (12, 12), 4, 224),
+        (2, 256, 80, (8, 16), 8, 640),
+        (1, 256, 80, (8, 16), 8, 320),
+        (1, 512, 80, (8, 16), 16, 640),
+        (1, 1024, 40, (6, 8), 16, 448),
+        (16, 1024, 8, (8, 8), 16, 1024),
+        (1, 2048, 40, (3, 6), 16, 896),
+    ],
+)
+def test_the_table_takes_what_was_timed(B, side, D, widths, cluster, blocks):
+    layout = planes.Layout(D, 1, (0, 1, 2, 3), 4, True, True)
+    v = planes_backward.choose(planes.Work(B, side, side, layout, 0, 2, False), H100)
+    assert (v.widths, v.cluster, v.grid) == (widths, cluster, blocks)
 
 
 def test_other_devices_and_shapes_have_none():

@@ -10,7 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -741,17 +741,26 @@ def _attributes(follows: bool) -> tuple[int | None, int]:
     return ctypes.addressof(_FOLLOWS), 1
 
 
-def _start(function: Any, launch: Launch, params: bytearray, index: int) -> None:
-    """`launch` with these parameters, on torch's current stream."""
-    stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream
-    given = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(params)))
-    config = _Config(launch.grid, 1, 1, *launch.block, 1, launch.shared, stream, *_attributes(launch.follows))
-    error = _driver().cuLaunchKernelEx(ctypes.byref(config), function.ptr, ctypes.byref(given), None)
-    if error:
-        raise RuntimeError(
-            f"The driver did not start {launch.kernel} (CUDA error {error}); run with CUDA_LAUNCH_BLOCKING=1 to see "
-            "whether an earlier kernel failed."
-        )
+class Starter:
+    """`launch` as the driver reads it, with what `params` holds when it is called; not for two threads at once."""
+
+    def __init__(self, function: Any, launch: Launch, params: bytearray) -> None:
+        self.kernel = launch.kernel
+        self.given = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(params)))
+        block, attributes = launch.block, _attributes(launch.follows)
+        self.config = _Config(launch.grid, 1, 1, *block, 1, launch.shared, None, *attributes)
+        self.arguments = ctypes.addressof(self.config), function.ptr, ctypes.addressof(self.given), None
+        self.params = params
+        self.start = _driver().cuLaunchKernelEx
+
+    def __call__(self, index: int) -> None:
+        """On torch's current stream of device `index`, which is the current one."""
+        self.config.stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(index).cuda_stream
+        if error := self.start(*self.arguments):
+            raise RuntimeError(
+                f"The driver did not start {self.kernel} (CUDA error {error}); run with CUDA_LAUNCH_BLOCKING=1 to see "
+                "whether an earlier kernel failed."
+            )
 
 
 def _encode(box: Box) -> bytes | None:
@@ -811,7 +820,18 @@ def encode_box(box: Box) -> bytes:
 
 def _execute(launch: Launch) -> None:
     index = torch.cuda.current_device()
-    _start(_function(launch, index), launch, launch.arguments(encode_box), index)
+    Starter(_function(launch, index), launch, launch.arguments(encode_box))(index)
+
+
+# What Inductor's code makes its results with, in half of the time; not in every build.
+_empty_strided: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
+def maker_of(y: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Makes uninitialised tensors like `y`, on the current device, which is y's."""
+    if y.is_cuda and _empty_strided:
+        return partial(_empty_strided, tuple(y.shape), y.stride(), y.dtype)
+    return partial(torch.empty, y.shape, dtype=y.dtype, device=y.device)
 
 
 Inputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
@@ -832,17 +852,22 @@ class Repeated:
             *(((box.place * MAP_BYTES + at) // 8, box.tensor) for box, at in places if at is not None),
         ]
         self.maps = [box for box, at in places if at is None]  # that this driver keeps in another way
+        self.idle: list[tuple[memoryview, Starter]] = []  # each thread takes one for the time of its launch
 
     def __call__(self, addresses: Sequence[int]) -> None:
         """`addresses`: of each tensor by its number."""
-        params = self.params[:]
-        words = memoryview(params).cast("Q")
+        try:
+            words, start = self.idle.pop()
+        except IndexError:
+            params = self.params[:]
+            words, start = memoryview(params).cast("Q"), Starter(self.function, self.launch, params)
         for word, tensor in self.words:
             words[word] = addresses[tensor]
         for box in self.maps:
             encoded = encode_box(box._replace(address=addresses[box.tensor]))
-            params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
-        _start(self.function, self.launch, params, self.index)
+            start.params[box.place * MAP_BYTES : (box.place + 1) * MAP_BYTES] = encoded
+        start(self.index)
+        self.idle.append((words, start))
 
 
 class Plan:
@@ -866,15 +891,17 @@ class Plan:
         # Of scan.cuh's Params the first word of each view's six is the address of x, lam, u, logits, the state and y.
         given = [] if launch.boxes else [n for n in (0, 1, 2, 3, 5) if n > 3 or tensors[n] is not None]
         self.launch = Repeated(launch, y.device.index, [(6 * n, n) for n in given])
-        self.shape = y.shape
+        self.make = maker_of(y)
         self.merge_sum = merge_sum
 
     def __call__(self, tensors: Inputs) -> torch.Tensor:
-        y = tensors[0].new_empty(self.shape)
+        y = self.make()
         self.launch([*(0 if t is None else t.data_ptr() for t in tensors), 0, y.data_ptr()])
         return y.sum(3, dtype=y.dtype) if self.merge_sum else y
 
 
+# Where there is a CUDA tensor, torch's own is ready and need not be asked whether it is.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _plans: dict[tuple, Any] = {}
 _MOST_PLANS = 4096
 
@@ -893,9 +920,9 @@ def plan_key(tensors: Sequence[torch.Tensor | None], directions: Sequence[str], 
             key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
         else:
             return None
-    if type(directions) is not tuple or x.dtype not in STORAGE_NAMES or torch.cuda.current_device() != key[2]:
+    if type(directions) is not tuple or x.dtype not in STORAGE_NAMES or _current_device() != key[2]:
         return None
-    return tuple(key) if x.numel() else None
+    return tuple(key)
 
 
 # Binaries are unloaded while CuPy is still there, not when the interpreter takes modules apart.

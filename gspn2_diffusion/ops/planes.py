@@ -122,6 +122,14 @@ def lane_places(span: int, most: int, along: int) -> int:
     return max([n for n in kinds if n <= most] or kinds[:1], default=0)
 
 
+def widths_of(work: Work, width: int | tuple[int, int]) -> tuple[int, int] | None:
+    """For scans along rows and along columns; None where a slice would have channels of two groups but not weights for
+    each."""
+    D, G = work.layout.D, work.layout.G
+    widths = width if isinstance(width, tuple) else (width, width)
+    return None if 1 < G < D and any(D // G % n for n in widths) else widths
+
+
 def chunk_of(work: Work, along: int, lines: int, halo: int) -> int:
     """Lines of a chunk of a box with so many, 0 where there is none: chunks are of 16 bytes along rows, and edges are
     exchanged between them."""
@@ -164,10 +172,10 @@ def make_variant(
     """The variant with these choices (of `places` and `units` the most; two widths of slices for scans along rows and
     along columns) and as many stages as `shared` bytes hold, None where a block cannot have it."""
     D, G = work.layout.D, work.layout.G
-    widths = width if isinstance(width, tuple) else (width, width)
-    own = G == D and G > 1
-    if not own and G > 1 and any(D // G % n for n in widths):
+    widths = widths_of(work, width)
+    if widths is None:
         return None
+    own = G == D and G > 1
     tiles = 1 + work.layout.lam + work.layout.u
     spans, shares, stages, chosen, at_once = [8, 8], [8, 8], [1, 1], [1, 1], [1, 1]
     most_warps = used = 0
@@ -255,10 +263,11 @@ ROWS = (
     Row(129, 383, False, 2, 64, (6, 10), (16, 8), (3, 4), (4, 4), 2, 16, slots=2, mixed=1, keep=1),
     Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1, keep=1, stages=4),
     Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 2, 16, mixed=1, keep=1),
-    Row(641, 1280, False, 2, 64, (6, 8), (16, 8), (3, 4), (4, 4), 4, 16),
+    Row(641, 1280, False, 2, 64, (5, 8), (32, 8), (3, 4), (8, 2), 4, 16, mixed=1, keep=1),
     Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (8, 4), 4, 16, slots=2, stages=4),
+    Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (4, 4), 2, 16),
     Row(1281, 2048, False, 2, 64, 4, (16, 8), (5, 8), (4, 2), 2, 16),
-    Row(641, 1280, True, 2, 128, 2, (16, 4), (5, 4), (4, 1), 5, 16),
+    Row(641, 1280, True, 2, 128, 1, (16, 4), (5, 4), (4, 1), 3, 16, stages=3),
     Row(641, 1280, True, 4, 64, 1, (16, 4), (3, 4), (4, 1), 6, 16, mixed=1, stages=3),
 )
 CLUSTERS = (1, 2, 4, 8, 16)
@@ -285,7 +294,7 @@ def cluster_of(row: Any, work: Work) -> int:
 
 def options_of(row: Any, work: Work, device: Device, *more: str) -> dict[str, Any]:
     """What `make_variant` takes of a row, but for the width of a slice; `more`: what only one pass has."""
-    names = ("lines", "places", "units", "normalizers", "halo", "slots", "promotion", *more)
+    names = ("lines", "places", "units", "normalizers", "halo", "slots", "promotion", "mixed", "keep", *more)
     options = dict(cluster=cluster_of(row, work), most_stages=row.stages, shared=device.shared)
     return {name: getattr(row, name) for name in names} | options
 
@@ -293,6 +302,14 @@ def options_of(row: Any, work: Work, device: Device, *more: str) -> dict[str, An
 def narrowest(work: Work, widths: Sequence[int], processors: int) -> list[int]:
     """Of `widths`, falling, the least with which all blocks still run at once, where one does."""
     return [n for n in widths if work.blocks * -(-work.layout.D // n) <= processors][-1:]
+
+
+def takes_two(widths: tuple[int, int], work: Work, cluster: int, device: Device) -> bool:
+    """Whether slices of two widths are for `work`: in more than two waves of blocks, and where none is nearly empty,
+    which would take as long as the others."""
+    D = work.layout.D
+    left_over = any(10 * (-D % n) > D for n in widths)
+    return work.blocks * -(-D // widths[0]) * cluster > 2 * device.processors and not left_over
 
 
 @lru_cache(4096)
@@ -304,13 +321,10 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
-    options = options_of(row, work, device, "mixed", "keep")
+    options = options_of(row, work, device)
     D, cluster = work.layout.D, options["cluster"]
     if isinstance(row.width, tuple):
-        # A slice that is nearly empty takes as long as the others.
-        left_over = any(10 * (-D % n) > D for n in row.width)
-        crowded = work.blocks * -(-D // row.width[0]) * cluster > 2 * device.processors
-        return make_variant(work, row.width, **options) if crowded and not left_over else None
+        return make_variant(work, row.width, **options) if takes_two(row.width, work, cluster, device) else None
     widths = list(range(min(row.width, D), 0, -1))
     if row.once:
         at_once = device.processors // cluster
@@ -330,7 +344,7 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
 def kernel_defines(
     kernel: str, variant: Any, storage: torch.dtype, has: int, pairs: dict[str, str], **more: object
 ) -> tuple[str, ...]:
-    """Options that compile `kernel` of gspn2.cu; `pairs`: the variant's fields that both ways have."""
+    """Options that compile `kernel` of gspn2.cu; `pairs`: fields with a value for each way that only one pass has."""
     name = cuda.STORAGE_NAMES[storage]
     choices: dict[str, object] = dict(
         STORAGE=name,
@@ -339,9 +353,12 @@ def kernel_defines(
         SLOTS=variant.slots,
         HALO=variant.halo,
         CLUSTER=variant.cluster,
+        MIXED=variant.mixed,
+        KEEP=variant.keep,
         HAS=has,
         **more,
     )
+    pairs = dict(WIDTH="widths", SPAN="spans", PLACES="places", LINES="lines", UNIT="units") | pairs
     for what, field in pairs.items():
         choices |= {f"{what}_{way}": value for way, value in zip(WAYS, getattr(variant, field), strict=True)}
     return (f"-DGSPN2_{kernel}", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
@@ -349,9 +366,7 @@ def kernel_defines(
 
 def defines(variant: Variant, storage: torch.dtype, has: int, decay: bool) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES; `has`: 1 for lam, 2 for u, 4 for a bias, 8 for a state."""
-    pairs = dict(WIDTH="widths", SPAN="spans", PLACES="places", LINES="lines", UNIT="units")
-    more = dict(THREADS=variant.threads, MIXED=variant.mixed, KEEP=variant.keep, DECAY=int(decay))
-    return kernel_defines("PLANES", variant, storage, has, pairs, **more)
+    return kernel_defines("PLANES", variant, storage, has, {}, THREADS=variant.threads, DECAY=int(decay))
 
 
 def make_box(
@@ -374,7 +389,7 @@ def make_box(
 
 
 def pack_params(
-    work: Work, variant: Any, views: dict[int, tuple[int, ...]], softmax: bool, part_stride: int = 0, parts: int = 1
+    work: Work, variant: Any, views: dict[int, tuple[int, ...]], softmax: bool, part_stride: int = 0
 ) -> bytes:
     """scan.cuh's Params, with `views` by the number of their tensor."""
     layout = work.layout
@@ -383,7 +398,7 @@ def pack_params(
         *(v for n in range(11) for v in views.get(n, (0,) * 6)),
         part_stride,
         *(work.B, work.H, work.W, layout.D, len(layout.directions), layout.G, packed),
-        *(work.segment or max(work.H, work.W), work.segments, variant.slices, parts, softmax),
+        *(work.segment or max(work.H, work.W), work.segments, variant.slices, 1, softmax),
     )
 
 
@@ -476,15 +491,15 @@ class Plan:
     """A scan worked out once, as `cuda.Plan`; `count` directions are added if it is not 0."""
 
     def __init__(
-        self, features: torch.Tensor, bias: torch.Tensor | None, launch: Launch, shape: tuple[int, ...], count: int
+        self, features: torch.Tensor, bias: torch.Tensor | None, launch: Launch, y: torch.Tensor, count: int
     ) -> None:
         maps = launch.maps * cuda.MAP_BYTES // 8
         words = [(maps + 6 * Y, Y)] + [(maps + cuda.PARAMS.size // 8, BIAS)] * (bias is not None)
         self.launch = cuda.Repeated(launch, features.device.index, words)
-        self.shape, self.count = shape, count
+        self.make, self.count = cuda.maker_of(y), count
 
     def __call__(self, features: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = features.new_empty(self.shape)
+        y = self.make()
         self.launch((features.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0, 0, y.data_ptr()))
         return sum_of_directions(y, self.count) if self.count else y
 

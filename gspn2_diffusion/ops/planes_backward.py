@@ -6,6 +6,7 @@
 import struct
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,10 @@ from .planes import (
     options_of,
     pack_params,
     share_of,
+    takes_two,
     up,
     view_of,
+    widths_of,
     work_of,
 )
 
@@ -37,15 +40,16 @@ MAPS = 6  # of u, logits, dy, the state, g and the gradient of u, for each of bo
 FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number that a launch's boxes have
 H_HALO = 8  # positions of the state on either side of a share
 SUM = struct.Struct("2Q3q")  # of planes.
-MOST_SUMS = 3
+MOST_SUMS = 6
 FINISH_THREADS = 256
 
 
 class Variant(NamedTuple):
-    width: int  # channels of a slice
     sets: int  # of weights: one, or one for each channel
     cluster: int
     # For scans along rows and along columns.
+    widths: tuple[int, int]  # channels of a slice
+    parts: tuple[int, int]  # slices of a group
     spans: tuple[int, int]  # positions of a block, halos included
     shares: tuple[int, int]  # without
     places: tuple[int, int]  # positions of a scanning lane
@@ -57,16 +61,17 @@ class Variant(NamedTuple):
     workers: int  # warps that make gradients
     normalizers: int  # warps
     slices: int
-    parts: int  # slices of a group
     threads: int
     shared: int
     grid: int
     promotion: int
+    mixed: int
+    keep: int  # whether the second-level cache is to keep g rather than the rest
 
 
 def make_variant(
     work: Work,
-    width: int,
+    width: int | tuple[int, int],
     cluster: int = 1,
     lines: tuple[int, int] = (16, 8),
     places: tuple[int, int] = (3, 4),
@@ -76,20 +81,24 @@ def make_variant(
     slots: int = 3,
     halo: int = 8,
     promotion: int = 2,
+    mixed: int = 0,
+    keep: int = 0,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
-    """The variant with these choices (of `places` and `units` the most) and as many stages as `shared` bytes hold, None
-    where a block cannot have it."""
+    """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, None where a block
+    cannot have it."""
     D, G = work.layout.D, work.layout.G
-    sets = width if G == D and G > 1 else 1
-    if (sets == 1 and G > 1 and D // G % width) or not 1 <= slots <= MOST_SLOTS:
+    widths = widths_of(work, width)
+    if widths is None or not 1 <= slots <= MOST_SLOTS:
         return None
+    own = G == D and G > 1
     low = halo if cluster > 1 else 0  # on either side
     spans, shares, stages, chosen, at_once = [8 + 2 * low] * 2, [8, 8], [1, 1], [2, 2], [1, 1]
     warps = used = 0
     for along in (0, 1):
-        each, chunk = lines[along], chunk_of(work, along, lines[along], halo)
+        width, each = widths[along], lines[along]
+        sets, chunk = width if own else 1, chunk_of(work, along, each, halo)
         if not chunk or halo % 8:
             return None
         if along not in work.ways:
@@ -115,12 +124,13 @@ def make_variant(
     threads = 32 * (SERVANTS + workers + normalizers + warps)
     if threads > 1024:
         return None
-    slices = -(-D // width)
+    slices = -(-D // min(widths))
     grid = work.blocks * slices * cluster
     return Variant(
-        width,
-        sets,
+        max(widths) if own else 1,
         cluster,
+        widths,
+        (1, 1) if own else (-(-D // G // widths[0]), -(-D // G // widths[1])),
         (spans[0], spans[1]),
         (shares[0], shares[1]),
         (chosen[0], chosen[1]),
@@ -132,11 +142,12 @@ def make_variant(
         workers,
         normalizers,
         slices,
-        1 if sets > 1 else -(-D // G // width),
         threads,
         used,
         grid,
         promotion,
+        mixed,
+        keep,
     )
 
 
@@ -148,7 +159,8 @@ class Row(NamedTuple):
     own: bool  # whether each channel has weights of its own
     size: int  # bytes of an element
     share: int  # positions of a block at most, halos not included, where clusters may be large enough for that
-    width: int  # channels of a slice at most
+    # Channels of a slice at most; two where scans along columns have wider ones, for more than two waves of blocks.
+    width: int | tuple[int, int]
     lines: tuple[int, int]
     places: tuple[int, int]
     units: tuple[int, int]
@@ -157,6 +169,8 @@ class Row(NamedTuple):
     halo: int = 16
     slots: int = 3
     promotion: int = 2
+    mixed: int = 0
+    keep: int = 0
     stages: int = MOST_STAGES  # of a ring at most
     most: int = 1 << 30  # channels of all slices
 
@@ -164,29 +178,38 @@ class Row(NamedTuple):
 ROWS = (
     Row(32, 40, False, 2, 40, 16, (16, 8), (2, 2), (4, 2), 8, 2, promotion=1),
     Row(41, 96, False, 2, 96, 8, (16, 4), (2, 2), (4, 2), 4, 4, promotion=1),
-    Row(97, 128, False, 2, 64, 6, (16, 8), (3, 4), (2, 2), 4, 4),
-    Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4),
+    Row(97, 128, False, 2, 64, (6, 8), (16, 8), (3, 4), (2, 2), 4, 4, mixed=1, keep=1, stages=4),
+    Row(97, 128, False, 2, 32, 12, (16, 8), (3, 4), (2, 2), 2, 4, 8, mixed=1, keep=1),
+    Row(129, 640, False, 2, 32, (8, 16), (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1),
+    Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1),
     Row(641, 1280, False, 2, 64, 8, (16, 2), (5, 8), (4, 2), 4, 3, 8, most=8),
-    Row(641, 1280, False, 2, 64, 6, (32, 8), (5, 4), (8, 2), 2, 4, 8, stages=4),
+    Row(641, 1280, False, 2, 64, (6, 8), (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4),
+    Row(641, 1280, False, 2, 64, 6, (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4),
+    Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (8, 4), 4, 4),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
     Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=4),
 )
 
 
-def row_of(height: int, width: int, channels: int, groups: int, size: int) -> Row | None:
-    """The row of the table for maps of these sides, None where channels last are to be scanned."""
-    rows = find_rows(ROWS, height, width, channels, groups, size)
-    return next((row for row in rows if channels <= row.most), None)
+def rows_of(height: int, width: int, channels: int, groups: int, size: int) -> list[Row]:
+    """The rows of the table for maps of these sides, none where channels last are to be scanned."""
+    return [row for row in find_rows(ROWS, height, width, channels, groups, size) if channels <= row.most]
 
 
 @lru_cache(4096)
 def choose(work: Work, device: Device) -> Variant | None:
     """The variant for `work`, None where channels last are to be scanned."""
-    D = work.layout.D
-    row = row_of(work.H, work.W, D, work.layout.G, work.size) if device.boxes and not work.decay else None
-    if row is None:
-        return None
-    options = options_of(row, work, device, "workers")
+    known = device.boxes and not work.decay
+    rows = rows_of(work.H, work.W, work.layout.D, work.layout.G, work.size) if known else []
+    made = (variant_of(row, work, device) for row in rows)
+    return next((v for v in made if v is not None), None)
+
+
+def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
+    D, options = work.layout.D, options_of(row, work, device, "workers")
+    if isinstance(row.width, tuple):
+        two = takes_two(row.width, work, options["cluster"], device)
+        return make_variant(work, row.width, **options) if two else None
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
     if options["cluster"] == 1:
@@ -197,9 +220,8 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
-    pairs = dict(SPAN="spans", SHARE="shares", PLACES="places", LINES="lines", UNIT="units", STAGES="stages")
-    more = dict(WIDTH=variant.width, THREADS=up(variant.threads, 64))
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, pairs, **more)
+    pairs = dict(SHARE="shares", STAGES="stages")
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, pairs, THREADS=up(variant.threads, 64))
 
 
 class Gradients(NamedTuple):
@@ -228,10 +250,10 @@ def make_launch(
         boxes.append(make_box(work, variant, MAPS * along + place, along, tensor, t, positions, planes))
 
     for along in work.ways:
-        span, share, width = variant.spans[along], variant.shares[along], variant.width
+        span, share, width = variant.spans[along], variant.shares[along], variant.widths[along]
         halo = H_HALO if variant.cluster > 1 else 0
         add(0, along, FEATURES, features, span, width)
-        add(1, along, FEATURES, features, span, 3 * variant.sets)
+        add(1, along, FEATURES, features, span, 3 * min(variant.sets, width))
         add(2, along, GRAD_Y, grad_y, span, width)
         add(3, along, STATE, state, share + 2 * halo, width)
         if not along:
@@ -241,7 +263,7 @@ def make_launch(
     views = {n: view_of(t, layout.D) for n, t in ((G, grads.g), (GRAD_U, grads.u)) if t is not None}
     apart, plane, *steps = grads.logits.stride()
     views[9] = (grads.logits.data_ptr(), *steps[:2], 1, 3 * layout.G * plane, plane)
-    params = pack_params(work, variant, views, softmax, apart, variant.parts)
+    params = pack_params(work, variant, views, softmax, apart)
     address = 0 if bias is None else bias.data_ptr()
     per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
     params += struct.pack("q5i4x", address, *layout.starts[1:], layout.gate_step, per_y, variant.workers)
@@ -280,19 +302,21 @@ def scan_backward(
     of_x, of_lam, of_u, of_logits, padding = grad.split((*sizes, len(grad) - sum(sizes)))
     sums: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-    def written(to: torch.Tensor, terms: int) -> torch.Tensor:
-        """(terms, planes, B, H, W): `to` itself, or what will be added up."""
-        if terms == 1:
-            return to.unsqueeze(0)
-        apart = to.new_empty(terms, *to.shape)
-        sums.append((to, apart))
-        return apart
-
     # In the place of lam's gradient, or of x's, where there is just as much of these.
     places = of_lam if layout.lam else of_x
     g = places if len(places) == K * layout.D else features.new_empty(K * layout.D, *features.shape[1:])
-    grad_u = written(of_u, K // layout.gates).flatten(0, 1) if layout.u else None
-    grads = Gradients(g, grad_u, written(of_logits, variant.parts))
+    grad_u = of_u if layout.u else None
+    if layout.u and layout.gates < K:
+        apart = of_u.new_empty(K, *of_u.shape)
+        sums.append((of_u, apart))
+        grad_u = apart.flatten(0, 1)
+    grads = Gradients(g, grad_u, of_logits.unsqueeze(0))
+    if max(variant.parts) > 1:
+        grads = grads._replace(logits=of_logits.new_empty(max(variant.parts), *of_logits.shape))
+        last = 0
+        for parts, same in groupby(layout.directions, lambda direction: variant.parts[direction // 2]):
+            first, last = last, last + 3 * layout.G * len(list(same))
+            sums.append((of_logits[first:last], grads.logits[:parts, first:last]))
     if len(padding):
         sums.append((padding, None))
     run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
@@ -328,7 +352,7 @@ def finish_launch(
     tensors = (features, bias, g, grad)
     params += struct.pack("4Q2q", *(0 if t is None else t.data_ptr() for t in tensors), features.stride(0), g.stride(0))
     K, D = len(layout.directions), layout.D * more
-    params += struct.pack("3i4x", D, layout.starts[0], layout.gates < K)
+    params += struct.pack("q4i", sum(vectors), g[0].nbytes // 16, D, layout.starts[0], layout.gates < K)
     name = cuda.STORAGE_NAMES[grad.dtype]
     choices = dict(STORAGE=name, CLUSTER=1, THREADS=FINISH_THREADS, DIRECTIONS=K, HAS=int(layout.lam))
     chosen = ("-DGSPN2_FINISH_PLANES", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))

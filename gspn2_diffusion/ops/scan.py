@@ -134,7 +134,7 @@ def gspn2_scan(
     merge_sum = merge == "sum"
     save_state = needs_grad and (merge_sum or u is not None)
     options = ([DIRECTIONS.index(d) for d in directions], normalizer == "softmax", segment or 0, merge_sum)
-    if key is not None:
+    if key is not None and x.numel():
         return cuda.remember(key, cuda.Plan(tensors, *options, decay))(tensors)
     return _scan(*tensors, *options, save_state, decay)[0]
 
@@ -302,7 +302,7 @@ def gspn2_scan_planes(
         scanned = planes.scan(features, bias, layout, *chosen[1:3], decay, execute=launches.append)
         if scanned is not None:
             count = len(indices) if merge == "sum" else 0
-            plan = planes.Plan(features, bias, launches[0], tuple(scanned.shape), count)
+            plan = planes.Plan(features, bias, launches[0], scanned, count)
             return cuda.remember(key, plan)(features, bias)
     return _scan_planes(*given, *chosen, False, decay)[0]
 
@@ -315,7 +315,7 @@ def scans_planes(
     shape = (height, width, channels, groups, tensor.element_size())
     known = tensor.dtype in cuda.STORAGE_NAMES and bool(planes.rows_of(*shape))
     if training:
-        known = known and planes_backward.row_of(*shape) is not None
+        known = known and bool(planes_backward.rows_of(*shape))
     return known and tensor.is_cuda and _has_planes(tensor.get_device())
 
 

@@ -256,7 +256,7 @@ template <int N>
 GSPN2_DEVICE void send_if(bool condition, const Remote& to, int offset, int signal, const float (&values)[N]) {
     if (condition) send(to.data + offset, values, to.signal + signal, to.rank);
 }
-template <int WORDS>
+template <int WORDS, bool KEEP = false>
 GSPN2_DEVICE void store_words_if(bool condition, void* to, const unsigned (&words)[WORDS]) {
     if (!condition) return;
     emulation::check_aligned(to, 4 * WORDS);
@@ -318,6 +318,7 @@ GSPN2_DEVICE void load_box(void* to, const TensorMap& map, int channel, int posi
     ++emulation::machine->progress;
 }
 // Shared memory is read as late as it may be.
+template <bool KEEP = false>
 GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int line, int direction, int batch, const void* from) {
     emulation::check_aligned(from, 128);
     if (channel * map.element % 16) emulation::fail("a box that begins between 16 bytes");

@@ -56,9 +56,12 @@ def boxed(monkeypatch) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _poison_outputs():
-    """Every new tensor starts as NaN, so that an element that no thread writes fails."""
+def _poison_outputs(monkeypatch):
+    """Every new tensor starts as NaN, so that an element that no thread writes fails: also a plan's, whose faster way
+    to memory does not fill it."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setattr(cuda, "_empty_strided", None)
+    monkeypatch.setattr(cuda, "_plans", {})
     yield
     torch.use_deterministic_algorithms(False)
 
