@@ -155,7 +155,7 @@ TABLE = [
     (Case(1, 500, 16, 2, directions=("right", "down")), FP16),
     (Case(1, 700, 16, 1, directions=("left",)), BF16),
     (Case(1, 2, 2048, 1, directions=("down",)), BF16),
-    (Case(3, 2, 1288, 12, directions=("left", "down")), BF16),
+    (Case(5, 1, 1288, 12, directions=("down",)), BF16),
     (Case(1, 650, 32, 2, 2, ("right",), gates="lam"), FP16),
     (Case(1, 650, 16, 2, 2, ("left",), gates="lam"), FP32),
 ]
