@@ -223,13 +223,12 @@ class Search:
 
 
 SHOWN = (
-    *("widths", "cluster", "spans", "lines", "places", "units", "stages", "slots", "normalizers", "halo"),
-    *("workers", "promotion", "mixed", "keep", "grid", "threads"),
+    "widths cluster spans lines places units stages slots normalizers halo workers promotion mixed keep grid threads"
 )
 
 
 def shown(v: Variant) -> str:
-    names = [name for name in SHOWN if name in v._fields]
+    names = [name for name in SHOWN.split() if name in v._fields]
     return " ".join(f"{name} {getattr(v, name)}" for name in names) + f" {v.shared >> 10} KB"
 
 

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from gspn2_diffusion import GSPN2Config
 from gspn2_diffusion.layers import GSPN2Layer, scan_layer
-from gspn2_diffusion.ops import cuda, eager, gspn2_scan, gspn2_scan_planes, planes
+from gspn2_diffusion.ops import cuda, eager, gspn2_scan, gspn2_scan_planes, planes, planes_backward
 from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
 from gspn2_diffusion.ops.validation import DIRECTIONS
@@ -161,9 +162,9 @@ TABLE = [
 ]
 
 
-def row(case: Case, dtype: torch.dtype) -> planes.Row:
+def row(case: Case, dtype: torch.dtype, module: ModuleType = planes) -> planes.Row | planes_backward.Row:
     work = planes.Work(case.B, case.H, case.W, layout_of(case), case.segment or 0, dtype.itemsize, case.decay)
-    return row_of_table(work)
+    return row_of_table(work, module)
 
 
 @needs_compiler

@@ -11,9 +11,9 @@ from gspn2_diffusion.ops import eager, gspn2_scan_planes, planes, planes_backwar
 from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
 
-from .emulated import DEVICES, execute, library, needs_compiler, row_of_table
+from .emulated import DEVICES, execute, library, needs_compiler
 from .scan_cases import NAMES, Case, assert_close, make_features, planes_options, seeded
-from .test_planes import BF16, CASES, FP16, FP32, H100, _operands, layout_of, random_variant, works
+from .test_planes import BF16, CASES, FP16, FP32, H100, _operands, layout_of, random_variant, row, works
 
 
 def in_planes(t: torch.Tensor) -> torch.Tensor:
@@ -197,11 +197,6 @@ TABLE = [
 ]
 
 
-def row(case: Case, dtype: torch.dtype) -> planes_backward.Row:
-    work = planes.Work(case.B, case.H, case.W, layout_of(case), case.segment or 0, dtype.itemsize, False)
-    return row_of_table(work, planes_backward)
-
-
 @needs_compiler
 @pytest.mark.parametrize(("case", "dtype"), TABLE, ids=[str(case) for case, _ in TABLE])
 def test_the_table_emulated(case, dtype):
@@ -209,7 +204,7 @@ def test_the_table_emulated(case, dtype):
 
 
 def test_each_row_of_the_table_is_emulated():
-    assert {row(*work) for work in TABLE} == set(planes_backward.ROWS)
+    assert {row(*work, planes_backward) for work in TABLE} == set(planes_backward.ROWS)
 
 
 @needs_compiler

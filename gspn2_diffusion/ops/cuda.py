@@ -747,8 +747,7 @@ class Starter:
     def __init__(self, function: Any, launch: Launch, params: bytearray) -> None:
         self.kernel = launch.kernel
         self.given = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(params)))
-        block, attributes = launch.block, _attributes(launch.follows)
-        self.config = _Config(launch.grid, 1, 1, *block, 1, launch.shared, None, *attributes)
+        self.config = _Config(launch.grid, 1, 1, *launch.block, 1, launch.shared, None, *_attributes(launch.follows))
         self.arguments = ctypes.addressof(self.config), function.ptr, ctypes.addressof(self.given), None
         self.params = params
         self.start = _driver().cuLaunchKernelEx
@@ -823,7 +822,7 @@ def _execute(launch: Launch) -> None:
     Starter(_function(launch, index), launch, launch.arguments(encode_box))(index)
 
 
-# What Inductor's code makes its results with, in half of the time; not in every build.
+# What Inductor's code makes its results with, in a third of the time; not in every build.
 _empty_strided: Callable[..., torch.Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 

@@ -44,6 +44,11 @@ class Layout(NamedTuple):
         return x, x + lam, x + lam + u
 
     @property
+    def own(self) -> bool:
+        """Whether each channel has weights of its own."""
+        return self.G == self.D > 1
+
+    @property
     def gate_step(self) -> int:
         """Planes from one direction's gates to the next one's."""
         return self.D if self.gates > 1 else 0
@@ -171,11 +176,10 @@ def make_variant(
 ) -> Variant | None:
     """The variant with these choices (of `places` and `units` the most; two widths of slices for scans along rows and
     along columns) and as many stages as `shared` bytes hold, None where a block cannot have it."""
-    D, G = work.layout.D, work.layout.G
+    D, own = work.layout.D, work.layout.own
     widths = widths_of(work, width)
     if widths is None:
         return None
-    own = G == D and G > 1
     tiles = 1 + work.layout.lam + work.layout.u
     spans, shares, stages, chosen, at_once = [8, 8], [8, 8], [1, 1], [1, 1], [1, 1]
     most_warps = used = 0

@@ -40,7 +40,7 @@ MAPS = 6  # of u, logits, dy, the state, g and the gradient of u, for each of bo
 FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number that a launch's boxes have
 H_HALO = 8  # positions of the state on either side of a share
 SUM = struct.Struct("2Q3q")  # of planes.
-MOST_SUMS = 6
+MOST_SUMS = 6  # the logits of each direction, u where directions share it, what pads the features
 FINISH_THREADS = 256
 
 
@@ -88,11 +88,10 @@ def make_variant(
 ) -> Variant | None:
     """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, None where a block
     cannot have it."""
-    D, G = work.layout.D, work.layout.G
+    D, G, own = work.layout.D, work.layout.G, work.layout.own
     widths = widths_of(work, width)
     if widths is None or not 1 <= slots <= MOST_SLOTS:
         return None
-    own = G == D and G > 1
     low = halo if cluster > 1 else 0  # on either side
     spans, shares, stages, chosen, at_once = [8 + 2 * low] * 2, [8, 8], [1, 1], [2, 2], [1, 1]
     warps = used = 0
@@ -310,13 +309,14 @@ def scan_backward(
         apart = of_u.new_empty(K, *of_u.shape)
         sums.append((of_u, apart))
         grad_u = apart.flatten(0, 1)
-    grads = Gradients(g, grad_u, of_logits.unsqueeze(0))
+    grad_logits = of_logits.unsqueeze(0)
     if max(variant.parts) > 1:
-        grads = grads._replace(logits=of_logits.new_empty(max(variant.parts), *of_logits.shape))
+        grad_logits = of_logits.new_empty(max(variant.parts), *of_logits.shape)
         last = 0
         for parts, same in groupby(layout.directions, lambda direction: variant.parts[direction // 2]):
             first, last = last, last + 3 * layout.G * len(list(same))
-            sums.append((of_logits[first:last], grads.logits[:parts, first:last]))
+            sums.append((of_logits[first:last], grad_logits[:parts, first:last]))
+    grads = Gradients(g, grad_u, grad_logits)
     if len(padding):
         sums.append((padding, None))
     run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
