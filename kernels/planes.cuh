@@ -14,12 +14,12 @@
 // a halo that is wrong anyway. VERTICAL,
 // a line is a row: a lane reads PLACES positions of it, and stores them to memory itself, next to its neighbours'. Otherwise a
 // line is a column: a lane reads 16 bytes, a chunk of lines, of each of its positions, and leaves y there for one thread to have
-// the engine store it. In a cluster, halos as in bulk.cuh.
+// the engine store it. In a cluster, halos as in bulk.cuh; u, which only y needs, has none.
 #pragma once
 
 #include "bulk.cuh"
 
-enum { PLANES_FEATURES, PLANES_LOGITS, PLANES_Y, PLANES_STATE, PLANES_MAPS };
+enum { PLANES_FEATURES, PLANES_LOGITS, PLANES_Y, PLANES_STATE, PLANES_U, PLANES_MAPS };
 
 struct PlaneParams {
     TensorMap maps[2][PLANES_MAPS];  // for scans along rows and along columns: (column, row, batch, plane, 1)
@@ -85,15 +85,18 @@ struct PlaneRing {
     static_assert(PER_CHANNEL <= 32, "a channel stays within a warp");
     static_assert(SPAN % 8 == 0 && SPAN % PLACES == 0 && LINES % CHUNK == 0 && HALO % CHUNK == 0, "edges are exchanged between chunks");
     static_assert(CHUNK % 2 == 0, "a line's registers are those of the one before last");
-    static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM, TILES = 1 + LAM + U;
+    // Blocks at a line's ends have one halo; of two blocks, both are.
+    static constexpr int SHARE = SPAN - (CLUSTER < 3 ? CLUSTER - 1 : 2) * HALO;
+    static constexpr int LAM_TILE = 1, U_TILE = 1 + LAM;
     using Weight = typename WeightOf<T>::type;
     static constexpr int COUNT = 4 * MOST_STAGES + 2 * MOST_SLOTS;
     static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 * WARPS : 0)) * 8, INBOX = WIDTH * HALO;
     static constexpr int up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
     static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
     static constexpr int SLOT = CHUNK * SETS * SPAN * 2, BOXES = HEADER + up(SLOTS * SLOT * SIZE);
-    static constexpr int TILE = up(WIDTH * LINES * SPAN * SIZE), STAGE = TILES * TILE + up(3 * SETS * LINES * SPAN * SIZE);
-    static constexpr int LOADED = LINES * SPAN * SIZE * (TILES * WIDTH + 3 * SETS);  // bytes that arrive for a stage
+    static constexpr int TILE = up(WIDTH * LINES * SPAN * SIZE), TAPS_AT = U_TILE * TILE + U * up(WIDTH * LINES * SHARE * SIZE);
+    static constexpr int STAGE = TAPS_AT + up(3 * SETS * LINES * SPAN * SIZE);
+    static constexpr int LOADED = LINES * SIZE * (SPAN * (WIDTH * (1 + LAM) + 3 * SETS) + U * SHARE * WIDTH);  // bytes that arrive for a stage
 
     GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
@@ -107,13 +110,14 @@ struct PlaneRing {
         return reinterpret_cast<float*>(shared_memory() + SIGNALS) + (2 * (exchange & 1) + side) * INBOX;
     }
     GSPN2_DEVICE static unsigned char* box(int stage, int which) { return shared_memory() + BOXES + stage * STAGE + which * TILE; }
+    GSPN2_DEVICE static unsigned char* taps(int stage) { return box(stage, 0) + TAPS_AT; }
     GSPN2_DEVICE static Weight* weights(int slot) { return reinterpret_cast<Weight*>(shared_memory() + HEADER) + slot * SLOT; }
     GSPN2_DEVICE static int weight(int line, int set, int position) { return 2 * ((line * SETS + set) * SPAN + position); }
-    // Bytes into a box at which a position's chunk begins (a line is a column), or a line's positions (it is a row).
-    GSPN2_DEVICE static int column_part(int plane, int position, int chunk) {
-        return swizzled<ROW>((plane * SPAN + position) * ROW) ^ chunk * 16;
+    // Bytes into a box of so many positions at which a position's chunk begins (a line is a column), or a line's positions (it is a row).
+    GSPN2_DEVICE static int column_part(int span, int plane, int position, int chunk) {
+        return swizzled<ROW>((plane * span + position) * ROW) ^ chunk * 16;
     }
-    GSPN2_DEVICE static int row_part(int plane, int line, int position) { return ((plane * LINES + line) * SPAN + position) * SIZE; }
+    GSPN2_DEVICE static int row_part(int span, int plane, int line, int position) { return ((plane * LINES + line) * span + position) * SIZE; }
 };
 
 // The line in memory with which the box of a batch begins. Boxes of columns begin at multiples of their lines: what they have beyond
@@ -148,13 +152,13 @@ GSPN2_DEVICE void load_planes(const PlaneParams& planes, const Place& at, const 
         if (!VERTICAL && waits && !early) signal_wait(R::empty(stage), turn.parity ^ 1);
         if (waits) signal_wait(R::taken(stage), turn.parity ^ 1);
         signal_expect(full, R::LOADED);
-        plane_box(R::box(stage, R::TILES), maps[PLANES_LOGITS], VERTICAL, line, position, at.batch, logits, full);
+        plane_box(R::taps(stage), maps[PLANES_LOGITS], VERTICAL, line, position, at.batch, logits, full);
         if constexpr (R::LAM) {
             plane_box(R::box(stage, R::LAM_TILE), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, planes.lam + gate, full);
         }
         const auto load_u = [&] {
             if constexpr (R::U) {
-                plane_box(R::box(stage, R::U_TILE), maps[PLANES_FEATURES], VERTICAL, line, position, at.batch, planes.u + gate, full);
+                plane_box(R::box(stage, R::U_TILE), maps[PLANES_U], VERTICAL, line, at.start, at.batch, planes.u + gate, full);
             }
         };
         if constexpr (!R::STATE) load_u();
@@ -175,10 +179,10 @@ GSPN2_DEVICE void store_planes(const PlaneParams& planes, const Place& at, const
         signal_wait(R::done(turn.stage), turn.parity);
         engine_fence();
         for (int c = 0; c < count; ++c) {
-            const int offset = (c * R::SPAN + reach.low) * R::ROW, plane = at.index * all + first + c;
-            store_box(planes.maps[0][PLANES_Y], line, at.start, at.batch, plane, 0, R::box(turn.stage, 0) + offset);
+            const int plane = at.index * all + first + c;
+            store_box(planes.maps[0][PLANES_Y], line, at.start, at.batch, plane, 0, R::box(turn.stage, 0) + (c * R::SPAN + reach.low) * R::ROW);
             if constexpr (R::STATE) {
-                store_box(planes.maps[0][PLANES_STATE], line, at.start, at.batch, plane, 0, R::box(turn.stage, R::U_TILE) + offset);
+                store_box(planes.maps[0][PLANES_STATE], line, at.start, at.batch, plane, 0, R::box(turn.stage, R::U_TILE) + c * R::SHARE * R::ROW);
             }
         }
         end_group();
@@ -231,11 +235,11 @@ GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, c
         const int position = VERTICAL ? along * UNIT : along;
         first_j[i] = at.start + position - reach.low;
         if constexpr (VERTICAL) {
-            source[i] = R::row_part(3 * set, at.backwards ? R::CHUNK - 1 - across : across, position);
+            source[i] = R::row_part(R::SPAN, 3 * set, at.backwards ? R::CHUNK - 1 - across : across, position);
             target[i] = R::weight(across, set, position);
         } else {
             const int in_memory = across * UNIT, line = at.backwards ? R::CHUNK - 1 - in_memory : in_memory;
-            source[i] = R::column_part(3 * set, position, 0) + in_memory * R::SIZE;
+            source[i] = R::column_part(R::SPAN, 3 * set, position, 0) + in_memory * R::SIZE;
             target[i] = R::weight(line, set, position);
         }
     }
@@ -244,7 +248,7 @@ GSPN2_DEVICE void normalize_planes(const PlaneParams& planes, const Place& at, c
     for (int n = 0; n < chunks; ++n, turn.next(planes.stages[VERTICAL])) {
         if (n == 0 || turn.begins()) signal_wait(R::full(turn.stage.stage), turn.stage.parity);
         if (n >= R::SLOTS) signal_wait(R::used(turn.slot.stage), turn.slot.parity ^ 1);
-        const unsigned char* const taps = R::box(turn.stage.stage, R::TILES);
+        const unsigned char* const taps = R::taps(turn.stage.stage);
         typename R::Weight* const weights = R::weights(turn.slot.stage);
         const int place = turn.place(at.backwards);
 #pragma unroll
@@ -384,10 +388,20 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
         stores = j >= 0 && j < reach.owned && channel < p.channels && !idle;
     }
     constexpr int TOGETHER = PLACES & (PLACES - 1) ? 1 : PLACES < 4 ? PLACES : 4;  // positions that are all at an edge or none
-    // Bytes into a box.
-    int part[PLACES];
+    // Bytes into a box, and into u's: of a halo's positions those of some other, since y is not theirs.
+    int part[PLACES], part_of_share[R::U ? PLACES : 1];
+    const auto in_share = [&](int j, int end) { return j < 0 ? 0 : j < end ? j : end; };
+    const auto part_of = [&](int span, int from, int k) {
+        return VERTICAL ? R::row_part(span, plane, 0, from) : R::column_part(span, plane, from + k, 0);
+    };
 #pragma unroll
-    for (int k = 0; k < PLACES; ++k) part[k] = VERTICAL ? R::row_part(plane, 0, position) : R::column_part(plane, position + k, 0);
+    for (int k = 0; k < PLACES; ++k) {
+        part[k] = part_of(R::SPAN, position, k);
+        if constexpr (R::U) {
+            const int j = position - reach.low;
+            part_of_share[k] = VERTICAL ? part_of(R::SHARE, in_share(j, R::SHARE - PLACES), 0) : part_of(R::SHARE, in_share(j + k, R::SHARE - 1), 0);
+        }
+    }
 
     // x, lam and u: of each position all lines of a chunk or, VERTICAL, all positions of LOOK lines.
     struct Taken {
@@ -395,11 +409,13 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
     };
     const auto read = [&](Words<T, LENGTH>& words, int which, int vector, int line, const ChunkTurn<R>& turn) {
         const unsigned char* const box = R::box(turn.stage.stage, which);
-        const int place = turn.place(BACKWARDS);
+        const int place = turn.place(BACKWARDS), vector_of_line = VERTICAL ? 0 : vector;
+        const bool of_share = R::U && which == R::U_TILE;
+        const int first = of_share ? part_of_share[R::U ? vector_of_line : 0] : part[vector_of_line];
         if constexpr (VERTICAL) {
-            words.load(box + part[0] + (place * CHUNK + (BACKWARDS ? CHUNK - 1 - line : line)) * R::SPAN * R::SIZE);
+            words.load(box + first + (place * CHUNK + (BACKWARDS ? CHUNK - 1 - line : line)) * (of_share ? R::SHARE : R::SPAN) * R::SIZE);
         } else {
-            words.load(box + (part[vector] ^ place * 16));
+            words.load(box + (first ^ place * 16));
         }
     };
     Taken taken;
@@ -559,7 +575,10 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
                     *reinterpret_cast<uint4*>(R::box(stage, 0) + (part[k] ^ place * 16)) = *reinterpret_cast<const uint4*>(words);
                     if constexpr (R::STATE) {
                         alignas(16) const unsigned state[4] = {kept[k][0], kept[k][1], kept[k][2], kept[k][3]};
-                        *reinterpret_cast<uint4*>(R::box(stage, R::U_TILE) + (part[k] ^ place * 16)) = *reinterpret_cast<const uint4*>(state);
+                        const int j = position + k - reach.low;
+                        if (j >= 0 && j < R::SHARE) {
+                            *reinterpret_cast<uint4*>(R::box(stage, R::U_TILE) + (part_of_share[k] ^ place * 16)) = *reinterpret_cast<const uint4*>(state);
+                        }
                     }
                 }
             }

@@ -17,7 +17,7 @@ MOST_STAGES = 8  # of a ring
 MOST_SLOTS = 4  # chunks of weights
 MOST_PLACES = 8  # positions of a lane
 SERVANTS = 2  # warps: the loading and the storing thread's
-MAPS = 4  # of features, logits, y and the state, for each of both ways along a map
+MAPS = 5  # of features, logits, y, the state and u, for each of both ways along a map
 FEATURES, BIAS, STATE, Y = 0, 1, 4, 5  # tensors, by the number that a launch's boxes have
 WAYS = ("ROWS", "COLUMNS")
 
@@ -180,7 +180,6 @@ def make_variant(
     widths = widths_of(work, width)
     if widths is None:
         return None
-    tiles = 1 + work.layout.lam + work.layout.u
     spans, shares, stages, chosen, at_once = [8, 8], [8, 8], [1, 1], [1, 1], [1, 1]
     most_warps = used = 0
     for along in (0, 1):
@@ -199,7 +198,9 @@ def make_variant(
         warps = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * (8 * warps + halo * width * 4) if cluster > 1 else 0
         header = up(8 * (4 * MOST_STAGES + 2 * MOST_SLOTS) + exchange)
-        stage = tiles * up(width * each * span * work.size) + up(3 * sets * each * span * work.size)
+        tiles = [span, *[span] * work.layout.lam, *[shares[along]] * work.layout.u]  # u is for own positions only
+        row = each * work.size
+        stage = sum(up(width * row * positions) for positions in tiles) + up(3 * sets * row * span)
         weights = up(slots * chunk * sets * span * 2 * work.size)
         batches = -(-work.lines(along) // each)
         stages[along] = min(most_stages, batches, (shared - header - weights) // stage)
@@ -267,7 +268,7 @@ ROWS = (
     Row(129, 383, False, 2, 64, (6, 10), (16, 8), (3, 4), (4, 4), 2, 16, slots=2, mixed=1, keep=1),
     Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1, keep=1, stages=4),
     Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 2, 16, mixed=1, keep=1),
-    Row(641, 1280, False, 2, 64, (5, 8), (32, 8), (3, 4), (8, 2), 4, 16, mixed=1, keep=1),
+    Row(641, 1280, False, 2, 64, (5, 7), (32, 8), (3, 4), (8, 2), 3, 16, mixed=1, keep=1),
     Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (8, 4), 4, 16, slots=2, stages=4),
     Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (4, 4), 2, 16),
     Row(1281, 2048, False, 2, 64, 4, (16, 8), (5, 8), (4, 2), 2, 16),
@@ -439,6 +440,8 @@ def make_launch(
     for along in work.ways:
         add(0, along, FEATURES, features, variant.spans[along], variant.widths[along])
         add(1, along, FEATURES, features, variant.spans[along], 3 * min(variant.sets, variant.widths[along]))
+        if layout.u:
+            add(4, along, FEATURES, features, variant.shares[along], variant.widths[along])
         if not along:
             add(2, along, Y, y, variant.shares[along], 1)
             if state is not None:
