@@ -164,6 +164,8 @@ GSPN2_DEVICE void store_box(const TensorMap& map, int channel, int position, int
 GSPN2_DEVICE void end_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int LEFT>
 GSPN2_DEVICE void groups_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory"); }
+// Until all of them are in memory, for whoever this thread tells.
+GSPN2_DEVICE void groups_written() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // What this thread did in shared memory, or waited for, comes before what it has the copy engine do there. It waits for all that the
 // thread has under way, so it is for threads that only load or store.
 GSPN2_DEVICE void engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -180,6 +182,7 @@ GSPN2_DEVICE void store_box(const TensorMap&, int, int, int, int, int, const voi
 GSPN2_DEVICE void end_group() {}
 template <int LEFT>
 GSPN2_DEVICE void groups_read() {}
+GSPN2_DEVICE void groups_written() {}
 GSPN2_DEVICE void engine_fence() {}
 GSPN2_DEVICE void signal_wait(Signal*, int) {}
 template <int N>
@@ -191,6 +194,17 @@ GSPN2_DEVICE Remote remote(float*, Signal*, int) { return {}; }
 template <int N>
 GSPN2_DEVICE void send_if(bool, const Remote&, int, int, const float (&)[N]) {}
 #endif
+
+// One more, in global memory; what this thread, and who met it before, has done there comes before that for whoever finds it counted.
+GSPN2_DEVICE void release_add(unsigned* count) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory"); }
+GSPN2_DEVICE void wait_for_count(const unsigned* count, unsigned expected) {
+    unsigned now;
+    while (true) {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(count) : "memory");
+        if (now == expected) return;
+        asm volatile("nanosleep.u32 200;");
+    }
+}
 
 // A vector of words to global memory if `condition`; without a branch. KEEP: as above, of 16 bytes.
 template <int WORDS, bool KEEP = false>

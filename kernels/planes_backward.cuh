@@ -10,20 +10,23 @@
 //     (nor the stage's boxes; horizontally: g and du are there) -> empty (they have been read)
 //
 // A task is 16 bytes, for each of 32 lanes, of each channel: a chunk of lines of a position where a line is a column, positions of a
-// line where it is a row. A slice that has only part of its group's channels writes a part of the logits' gradients (through the
-// normaliser they are linear in dw), in the storage type, which loses less than the state has in it.
+// line where it is a row. A slice that has only part of its group's channels writes a part of v[t] = w[t] (dw[t] - the sum of w dw),
+// which are linear in dw and add up to zero, so two of the three: in the storage type, which loses less than the state has in it.
+// The logits' gradients are (1 - w[t] (the sum of the sigmoids)) v[t].
 // g goes to memory, and `finish_planes` makes of it dx, the sum over the directions of lam g, and dlam = x g: so neither x nor lam
 // is needed here, and a slice has room for more channels. It also adds the parts and, for what directions share, the directions.
 #pragma once
 
 #include "planes.cuh"
 
+enum { HAS_PARTS = 32 };  // slices have parts of a group's channels
 enum { BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_G, BACK_DU, BACK_MAPS };
 
 struct PlaneBackwardParams {
     TensorMap maps[2][BACK_MAPS];  // for scans along rows and along columns: (column, row, batch, plane, 1)
     Params scan;                   // its views only of g (as grad_lam) and gradients; planes apart by `group`
     const void* bias;              // of every plane
+    unsigned* done;                // of every image and channel, who has left all g of it in memory; or none
     int u, logits;                 // their first planes
     int gates, dy;                 // planes from one direction's gates to the next one's; the same of dy
     int workers;                   // warps that make gradients
@@ -36,8 +39,8 @@ struct BackwardPlaneRing {
     using Type = T;
     static constexpr int WIDTH = WIDTH_, SETS = SETS_ > 1 ? WIDTH_ : 1, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
     static constexpr int SLOTS = SLOTS_, UNIT = UNIT_, HALO = HALO_, CLUSTER = CLUSTER_;
-    static constexpr bool KEEP = KEEP_, VERTICAL = VERTICAL_, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS;
-    static constexpr int SIZE = sizeof(T), PART = 16 / SIZE;
+    static constexpr bool KEEP = KEEP_, VERTICAL = VERTICAL_, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS, PARTS = HAS & HAS_PARTS;
+    static constexpr int SIZE = sizeof(T), PART = 16 / SIZE, GRADS = PARTS ? 2 : 3;  // planes of a set
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
     static constexpr int PER_WARP = 32 / PER_CHANNEL, WARPS = (WIDTH + PER_WARP - 1) / PER_WARP;
@@ -56,7 +59,7 @@ struct BackwardPlaneRing {
     static constexpr int SIGNALS = (COUNT + (CLUSTER > 1 ? 4 * WARPS : 0) + 1) / 2 * 16, INBOX = WIDTH * HALO;
     static constexpr int up(int bytes) { return (bytes + 1023) / 1024 * 1024; }
     static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
-    static constexpr int SLOT = CHUNK * SETS * SPAN, BOXES = HEADER + up(SLOTS * SLOT * (2 * SIZE + 4));
+    static constexpr int SLOT = CHUNK * SETS * SPAN, BOXES = HEADER + up(SLOTS * SLOT * (2 * SIZE + (PARTS ? 0 : 4)));
     static constexpr int tile(int span) { return up(WIDTH * LINES * span * SIZE); }
     static constexpr int DY_AT = 0, U_AT = tile(SPAN), H_AT = U_AT + U * tile(SPAN), TAPS_AT = H_AT + tile(H_SPAN);
     static constexpr int STAGE = TAPS_AT + up(3 * SETS * LINES * SPAN * SIZE);
@@ -78,7 +81,7 @@ struct BackwardPlaneRing {
         return reinterpret_cast<float*>(shared_memory() + SIGNALS) + (2 * (exchange & 1) + side) * INBOX;
     }
     GSPN2_DEVICE static unsigned char* box(int stage) { return shared_memory() + BOXES + stage * STAGE; }
-    // Of a position: the weights as the forward's, and the sum of the sigmoids.
+    // Of a position: the weights as the forward's, and, where there are no parts, the sum of the sigmoids.
     GSPN2_DEVICE static Weight* weights(int slot) { return reinterpret_cast<Weight*>(shared_memory() + HEADER) + 2 * slot * SLOT; }
     GSPN2_DEVICE static float* sums(int slot) { return reinterpret_cast<float*>(weights(SLOTS)) + slot * SLOT; }
     GSPN2_DEVICE static int sum(int line, int set, int position) { return (line * SETS + set) * SPAN + position; }
@@ -131,6 +134,14 @@ GSPN2_DEVICE void load_backward_planes(const PlaneBackwardParams& planes, const 
     }
 }
 
+// All g of the slice that the caller (and who met it) leaves in memory is there: `finish_planes` may wait for that.
+template <typename R>
+GSPN2_DEVICE void tell_done(const PlaneBackwardParams& planes, const Place& at, int first, int step) {
+    if (!planes.done) return;
+    const int slice = at.slice * R::WIDTH, all = planes.scan.channels, count = all - slice < R::WIDTH ? all - slice : R::WIDTH;
+    for (int c = first; c < count; c += step) release_add(planes.done + at.batch * all + slice + c);
+}
+
 // Of scans along rows.
 template <typename R>
 GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const Place& at) {
@@ -152,6 +163,8 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
         groups_read<0>();
         signal_arrive(R::empty(turn.stage));
     }
+    groups_written();
+    tell_done<R>(planes, at, 0, 1);
 }
 
 // A position's weights and the sum of its sigmoids, from logits times LOG2_E; zeros beyond the map, from where nothing may come
@@ -220,13 +233,13 @@ GSPN2_DEVICE void weigh_planes(const PlaneBackwardParams& planes, const Place& a
             }
             if constexpr (VERTICAL) {
                 OuterWeights<T, UNIT>::store(weights + R::weight(across, set, position), made);
-                store_vector<float, UNIT>(sums + R::sum(across, set, position), sum);
+                if constexpr (!R::PARTS) store_vector<float, UNIT>(sums + R::sum(across, set, position), sum);
             } else {
 #pragma unroll
                 for (int e = 0; e < UNIT; ++e) {
                     const int in_memory = across * UNIT + e, line = lines.ascending ? in_memory : R::CHUNK - 1 - in_memory;
                     OuterWeights<T, 1>::store(weights + R::weight(line, set, position), made, e);
-                    sums[R::sum(line, set, position)] = sum[e];
+                    if constexpr (!R::PARTS) sums[R::sum(line, set, position)] = sum[e];
                 }
             }
         }
@@ -448,7 +461,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         return global_memory(static_cast<T*>(view.data)) + at.batch * view.batch + at.index * view.direction + plane * view.group + first;
     };
     const int parts = R::SETS > 1 ? 1 : (p.channels / p.groups + WIDTH - 1) / WIDTH;  // slices of a group
-    T* const grad_logits = begin(p.grad_logits, 3 * group) + at.slice % parts * p.part_stride;
+    T* const grad_logits = begin(p.grad_logits, R::GRADS * group) + at.slice % parts * p.part_stride;
     [[maybe_unused]] T *g_planes = nullptr, *grad_u = nullptr;  // that lanes write
     if constexpr (VERTICAL) {
         g_planes = begin(p.grad_lam, slice);
@@ -518,7 +531,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                 float weight[3][TOGETHER], sigmoids[TOGETHER];
                 outer.load(R::weights(slot) + R::weight(line, set, R::LOW + position));
                 outer.get(weight);
-                load_vector<float, TOGETHER>(sigmoids, R::sums(slot) + R::sum(line, set, R::LOW + position));
+                if constexpr (!R::PARTS) load_vector<float, TOGETHER>(sigmoids, R::sums(slot) + R::sum(line, set, R::LOW + position));
 #pragma unroll
                 for (int e = 0; e < TOGETHER; ++e) {
                     float mean = 0.f;
@@ -526,13 +539,13 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                     for (int t = 0; t < 3; ++t) mean += weight[t][e] * sum[t][first + e];
 #pragma unroll
                     for (int t = 0; t < 3; ++t) {
-                        const float w = weight[t][e], own = w * (1.f - w * sigmoids[e]) * (sum[t][first + e] - mean);
-                        sum[t][first + e] = VERTICAL && none ? 0.f : own;
+                        const float w = weight[t][e], own = w * (sum[t][first + e] - mean);
+                        sum[t][first + e] = VERTICAL && none ? 0.f : R::PARTS ? own : own * (1.f - w * sigmoids[e]);
                     }
                 }
             }
 #pragma unroll
-            for (int t = 0; t < 3; ++t, to_logits += p.grad_logits.group) store_if<T, PART>(active, to_logits, sum[t]);
+            for (int t = 0; t < 3; t += R::PARTS ? 2 : 1, to_logits += p.grad_logits.group) store_if<T, PART>(active, to_logits, sum[t]);
         };
 #pragma unroll 2
         for (int c = 0; c < WIDTH; ++c) {
@@ -603,6 +616,10 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             signal_arrive(R::done(stage));
             if (stage_before != stage) signal_arrive(R::done(stage_before));
         }
+    }
+    if constexpr (VERTICAL) {
+        warp_barrier();
+        tell_done<R>(planes, at, lane, 32);
     }
 }
 
@@ -689,12 +706,14 @@ GSPN2_DEVICE void scan_planes_backward(const PlaneBackwardParams& planes) {
     }
 }
 
-// Sums of planes that lie `apart` elements from one another; of none of them zeros.
+// Sums of planes that lie `apart` elements from one another; of none of them zeros. Or a direction's logits' gradients, from the
+// sums of their parts.
 struct PlaneSum {
     const void* from;
     void* to;
-    long long vectors, apart;  // of 16 bytes; elements
-    long long terms;
+    long long vectors, apart;  // of 16 bytes, of three planes together for logits; elements
+    int terms, logits;         // the logits' first plane, 0 for a plain sum
+    int vertical;              // whether the direction is along columns
 };
 
 [[maybe_unused]] constexpr int MOST_SUMS = 6;
@@ -706,10 +725,13 @@ struct PlaneFinish {
     const void* bias;            // of every plane, or none
     const void* g;               // of every direction and channel, planes apart by `pixels`
     void* grad;                  // of features
+    const unsigned* done;        // as PlaneBackwardParams has it: this launch begins before the scan has ended; or none
     long long apart, pixels;     // elements from one plane of features to the next, and of all others
-    long long summed;            // vectors of all sums
-    unsigned vectors, channels;  // of 16 bytes, of a plane; none if nothing follows from g
+    unsigned expected;           // how many are done when all g of an image's channel is there
+    unsigned vectors, channels;  // of 16 bytes, of an image's channel; none if nothing follows from g
+    unsigned maps;               // images' channels
     int lam, shared;             // the first plane of lam; whether directions share it
+    int height, width, softmax;
 };
 
 template <typename T>
@@ -725,6 +747,46 @@ GSPN2_DEVICE void add_planes(const PlaneSum& sum, long long index) {
         for (int e = 0; e < PART; ++e) total[e] += value[e];
     }
     store_vector<T, PART>(global_memory(static_cast<T*>(sum.to)) + index * PART, total);
+}
+
+template <typename T>
+GSPN2_DEVICE void add_logits(const PlaneFinish& p, const PlaneSum& sum, long long index) {
+    constexpr int PART = 16 / sizeof(T);
+    const long long vectors = p.pixels / PART, set = index / vectors, place = (index - set * vectors) * PART;
+    const T* from = global_memory(static_cast<const T*>(sum.from)) + 2 * set * p.pixels + place;
+    const T* const features = global_memory(static_cast<const T*>(p.features)) + place;
+    float read[3][PART], result[3][PART], outer[2][PART] = {};
+#pragma unroll 4
+    for (int term = 0; term < sum.terms; ++term, from += sum.apart) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+            float value[PART];
+            load_vector<T, PART>(value, from + side * p.pixels);
+#pragma unroll
+            for (int e = 0; e < PART; ++e) outer[side][e] += value[e];
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < 3; ++t) {
+        const long long plane = sum.logits + 3 * set + t;
+        load_vector<T, PART>(read[t], features + plane * p.apart);
+        const float bias = p.bias ? LOG2_E * to_float(global_memory(static_cast<const T*>(p.bias))[plane]) : 0.f;
+#pragma unroll
+        for (int e = 0; e < PART; ++e) read[t][e] = LOG2_E * read[t][e] + bias;
+    }
+    const unsigned row = static_cast<unsigned>(place / p.width), column = static_cast<unsigned>(place - static_cast<long long>(row) * p.width);
+    const int length = sum.vertical ? p.width : p.height;
+#pragma unroll
+    for (int e = 0; e < PART; ++e) {
+        const int j = sum.vertical ? column + e : row % p.height;
+        const float logit[3] = {read[0][e], read[1][e], read[2][e]}, parts[3] = {outer[0][e], -outer[0][e] - outer[1][e], outer[1][e]};
+        float weight[3];
+        const float sigmoids = normalize_scaled(weight, logit, j > 0, j < length - 1, p.softmax);
+#pragma unroll
+        for (int t = 0; t < 3; ++t) result[t][e] = parts[t] * (1.f - weight[t] * sigmoids);
+    }
+#pragma unroll
+    for (int t = 0; t < 3; ++t) store_vector<T, PART>(global_memory(static_cast<T*>(sum.to)) + (3 * set + t) * p.pixels + place, result[t]);
 }
 
 // 16 bytes of a channel: dx = the sum over the K directions of lam g, and dlam = x g (in the place of g, if that is where g is).
@@ -769,20 +831,25 @@ GSPN2_DEVICE void gradients_of_inputs(const PlaneFinish& p, int channel, long lo
     }
 }
 
-// One thread for 16 bytes of a sum or of a channel.
+// One thread for 16 bytes of a channel or of a sum. While others are still being scanned channels come in the order in which they are
+// there, else in the opposite one: of the last most is still in the second-level cache.
 template <typename T, int K, bool LAM>
 GSPN2_DEVICE void finish_planes(const PlaneFinish& p) {
     constexpr int PART = 16 / sizeof(T);
-    launch_before_is_done();
-    long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x - p.summed;
-    if (index < 0) {
-        int sum = 0;
-        for (index += p.summed; index >= p.sums[sum].vectors; ++sum) index -= p.sums[sum].vectors;
-        add_planes<T>(p.sums[sum], index);
+    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x, left = index - static_cast<long long>(p.maps) * p.vectors;
+    // (The last thread has none: so this launch does not end before the scan.)
+    if (!p.done || left >= 0) launch_before_is_done();
+    if (left >= 0) {
+        long long rest = left;
+#pragma unroll 1
+        for (int sum = 0; sum < MOST_SUMS; rest -= p.sums[sum++].vectors) {
+            if (rest >= p.sums[sum].vectors) continue;
+            return p.sums[sum].logits ? add_logits<T>(p, p.sums[sum], rest) : add_planes<T>(p.sums[sum], rest);
+        }
         return;
     }
-    // The last ones first: of these most is still in the second-level cache.
-    const unsigned left = static_cast<unsigned>(index), vectors = p.vectors, channel = left / vectors;
-    if (channel >= p.channels) return;
-    gradients_of_inputs<T, K, LAM>(p, p.channels - 1 - channel, static_cast<long long>(vectors - 1 - (left - channel * vectors)) * PART);
+    const unsigned thread = static_cast<unsigned>(index), vectors = p.vectors, turn = thread / vectors;
+    const unsigned map = p.done ? turn : p.maps - 1 - turn, image = map / p.channels, vector = vectors - 1 - (thread - turn * vectors);
+    if (p.done) wait_for_count(p.done + map, p.expected);
+    gradients_of_inputs<T, K, LAM>(p, map - image * p.channels, (static_cast<long long>(image) * vectors + vector) * PART);
 }

@@ -102,6 +102,9 @@ FORCED = [
     ),
     (Case(1, 24, 64, 5, 5, ("right", "up"), gates="lam"), FP16, dict(width=(3, 2), cluster=2, mixed=1)),
     (Case(3, 16, 24, 4, 2, ("up", "right")), FP32, dict(width=(1, 2), lines=(8, 8))),
+    (Case(2, 24, 40, 5), BF16, dict(width=(2, 5), cluster=2, early=1)),
+    (Case(3, 19, 32, 3, gates="shared", segment=16), FP16, dict(width=2, lines=(8, 8), workers=1, early=1)),
+    (Case(2, 17, 24, 3, directions=("up", "left")), FP32, dict(width=3, lines=(4, 4), workers=8, early=1)),
 ]
 
 

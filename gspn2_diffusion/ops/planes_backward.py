@@ -6,7 +6,6 @@
 import struct
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -38,8 +37,9 @@ from .planes import (
 
 MAPS = 6  # of u, logits, dy, the state, g and the gradient of u, for each of both ways along a map
 FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number that a launch's boxes have
+HAS_PARTS = 32
 H_HALO = 8  # positions of the state on either side of a share
-SUM = struct.Struct("2Q3q")  # of planes.
+SUM = struct.Struct("2Q2q3i4x")  # of planes
 MOST_SUMS = 6  # the logits of each direction, u where directions share it, what pads the features
 FINISH_THREADS = 256
 
@@ -67,6 +67,7 @@ class Variant(NamedTuple):
     promotion: int
     mixed: int
     keep: int  # whether the second-level cache is to keep g rather than the rest
+    early: int  # whether the second launch begins with what is done while the first still runs
 
 
 def make_variant(
@@ -83,6 +84,7 @@ def make_variant(
     promotion: int = 2,
     mixed: int = 0,
     keep: int = 0,
+    early: int = 0,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
@@ -113,7 +115,8 @@ def make_variant(
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
         signals = up(8 * (3 * MOST_STAGES + 3 * MOST_SLOTS + (4 * scanning if cluster > 1 else 0)), 16)
-        before = up(signals + exchange) + up(slots * chunk * sets * span * (2 * work.size + 4))
+        sigmoids = 0 if not own and min(widths) < D // G else 4
+        before = up(signals + exchange) + up(slots * chunk * sets * span * (2 * work.size + sigmoids))
         batches = -(-work.lines(along) // each)
         stages[along] = min(most_stages, batches, (shared - before) // stage)
         if stages[along] < min(2, batches):
@@ -147,6 +150,7 @@ def make_variant(
         promotion,
         mixed,
         keep,
+        early,
     )
 
 
@@ -170,6 +174,7 @@ class Row(NamedTuple):
     promotion: int = 2
     mixed: int = 0
     keep: int = 0
+    early: int = 0
     stages: int = MOST_STAGES  # of a ring at most
     most: int = 1 << 30  # channels of all slices
 
@@ -177,16 +182,16 @@ class Row(NamedTuple):
 ROWS = (
     Row(32, 40, False, 2, 40, 16, (16, 8), (2, 2), (4, 2), 8, 2, promotion=1),
     Row(41, 96, False, 2, 96, 8, (16, 4), (2, 2), (4, 2), 4, 4, promotion=1),
-    Row(97, 128, False, 2, 64, (6, 8), (16, 8), (3, 4), (2, 2), 4, 4, mixed=1, keep=1, stages=4),
-    Row(97, 128, False, 2, 32, 12, (16, 8), (3, 4), (2, 2), 2, 4, 8, mixed=1, keep=1),
-    Row(129, 640, False, 2, 32, (8, 16), (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1),
-    Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1),
-    Row(641, 1280, False, 2, 64, 8, (16, 2), (5, 8), (4, 2), 4, 3, 8, most=8),
-    Row(641, 1280, False, 2, 64, (6, 8), (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4),
-    Row(641, 1280, False, 2, 64, 6, (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4),
-    Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (8, 4), 4, 4),
-    Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
-    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=4),
+    Row(97, 128, False, 2, 64, (6, 8), (16, 8), (3, 4), (2, 2), 4, 4, mixed=1, keep=1, stages=4, early=1),
+    Row(97, 128, False, 2, 32, 12, (16, 8), (3, 4), (2, 2), 2, 4, 8, mixed=1, keep=1, early=1),
+    Row(129, 640, False, 2, 32, (8, 16), (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1, early=1),
+    Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1, early=1),
+    Row(641, 1280, False, 2, 64, 8, (16, 2), (5, 8), (4, 2), 4, 3, 8, most=8, early=1),
+    Row(641, 1280, False, 2, 64, (6, 8), (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4, early=1),
+    Row(641, 1280, False, 2, 64, 6, (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4, early=1),
+    Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (8, 4), 4, 4, early=1),
+    Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3, early=1),
+    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=4, early=1),
 )
 
 
@@ -205,7 +210,7 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
-    D, options = work.layout.D, options_of(row, work, device, "workers")
+    D, options = work.layout.D, options_of(row, work, device, "workers", "early")
     if isinstance(row.width, tuple):
         two = takes_two(row.width, work, options["cluster"], device)
         return make_variant(work, row.width, **options) if two else None
@@ -220,12 +225,13 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
     pairs = dict(SHARE="shares", STAGES="stages")
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, pairs, THREADS=up(variant.threads, 64))
+    has = has & 6 | HAS_PARTS * (max(variant.parts) > 1)
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has, pairs, THREADS=up(variant.threads, 64))
 
 
 class Gradients(NamedTuple):
     """What a launch writes: (planes, B, H, W) each, every direction apart; of the logits each slice's part of a group,
-    (parts, planes, B, H, W)."""
+    two for each three, (parts, planes, B, H, W)."""
 
     g: torch.Tensor
     u: torch.Tensor | None
@@ -241,6 +247,7 @@ def make_launch(
     work: Work,
     variant: Variant,
     softmax: bool,
+    done: torch.Tensor | None = None,
 ) -> Launch:
     """`features` (F, B, H, W), `grad_y` (K D or D, B, H, W) and `state` (K D, B, H, W); their rows are contiguous."""
     layout, boxes = work.layout, []
@@ -261,11 +268,13 @@ def make_launch(
                 add(5, along, GRAD_U, grads.u, share, 1)
     views = {n: view_of(t, layout.D) for n, t in ((G, grads.g), (GRAD_U, grads.u)) if t is not None}
     apart, plane, *steps = grads.logits.stride()
-    views[9] = (grads.logits.data_ptr(), *steps[:2], 1, 3 * layout.G * plane, plane)
+    of_set = 2 if max(variant.parts) > 1 else 3
+    views[9] = (grads.logits.data_ptr(), *steps[:2], 1, of_set * layout.G * plane, plane)
     params = pack_params(work, variant, views, softmax, apart)
     address = 0 if bias is None else bias.data_ptr()
     per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
-    params += struct.pack("q5i4x", address, *layout.starts[1:], layout.gate_step, per_y, variant.workers)
+    addresses = (address, 0 if done is None else done.data_ptr())
+    params += struct.pack("2Q5i4x", *addresses, *layout.starts[1:], layout.gate_step, per_y, variant.workers)
     chosen = defines(variant, features.dtype, 2 * layout.u + 4 * (bias is not None))
     return launch_of("gspn2_planes_backward", chosen, params, variant, boxes, 2 * MAPS)
 
@@ -299,7 +308,7 @@ def scan_backward(
     grad, K = features.new_empty(features.shape), len(layout.directions)
     sizes = layout.sizes
     of_x, of_lam, of_u, of_logits, padding = grad.split((*sizes, len(grad) - sum(sizes)))
-    sums: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    sums: list[Sum] = []
 
     # In the place of lam's gradient, or of x's, where there is just as much of these.
     places = of_lam if layout.lam else of_x
@@ -307,23 +316,41 @@ def scan_backward(
     grad_u = of_u if layout.u else None
     if layout.u and layout.gates < K:
         apart = of_u.new_empty(K, *of_u.shape)
-        sums.append((of_u, apart))
+        sums.append(Sum(of_u, apart))
         grad_u = apart.flatten(0, 1)
     grad_logits = of_logits.unsqueeze(0)
     if max(variant.parts) > 1:
-        grad_logits = of_logits.new_empty(max(variant.parts), *of_logits.shape)
-        last = 0
-        for parts, same in groupby(layout.directions, lambda direction: variant.parts[direction // 2]):
-            first, last = last, last + 3 * layout.G * len(list(same))
-            sums.append((of_logits[first:last], grad_logits[:parts, first:last]))
+        grad_logits = of_logits.new_empty(max(variant.parts), 2 * K * layout.G, *of_logits.shape[1:])
+        for k, direction in enumerate(layout.directions):
+            outer = grad_logits[: variant.parts[direction // 2], 2 * k * layout.G : 2 * (k + 1) * layout.G]
+            sums.append(Sum(of_logits[3 * k * layout.G : 3 * (k + 1) * layout.G], outer, k))
     grads = Gradients(g, grad_u, grad_logits)
     if len(padding):
-        sums.append((padding, None))
-    run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
+        sums.append(Sum(padding, None))
     more = layout.lam or g is not of_x
+    done = features.new_zeros(work.B * layout.D, dtype=torch.int32) if more and variant.early else None
+    run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax, done))
     if more or sums:
-        run(finish_launch(features, bias, g, grad, layout, more, sums))
+        run(finish_launch(features, bias, g, grad, work, variant, more, sums, softmax, done))
     return grad
+
+
+def count_of(work: Work, variant: Variant) -> int:
+    """How many say so, of an image's channel, when all g of it is in memory: of each block that has positions one
+    thread along rows, all warps that make gradients along columns."""
+    count = 0
+    for along in (direction // 2 for direction in work.layout.directions):
+        segments = -(-(work.H if along else work.W) // work.lines(along))
+        lanes = min(variant.lines[1], 8) * variant.shares[1] * work.size // 16
+        warps = min(variant.workers, variant.slots * -(-lanes // 32)) if along else 1
+        count += segments * -(-work.length(along) // variant.shares[along]) * warps
+    return count
+
+
+class Sum(NamedTuple):
+    to: torch.Tensor
+    terms: torch.Tensor | None  # the sum's, along its first dimension; none: zero
+    direction: int | None = None  # whose logits' gradients it is, by its place among the layout's
 
 
 def finish_launch(
@@ -331,32 +358,32 @@ def finish_launch(
     bias: torch.Tensor | None,
     g: torch.Tensor,
     grad: torch.Tensor,
-    layout: Layout,
+    work: Work,
+    variant: Variant,
     more: bool,
-    sums: list[tuple[torch.Tensor, torch.Tensor | None]],
+    sums: list[Sum],
+    softmax: bool,
+    done: torch.Tensor | None,
 ) -> Launch:
-    """The gradients of x and lam from g, (K D, B, H, W), if there is `more` to them than g. Each first tensor of `sums`
-    becomes the sum of the second's, along its first dimension, or zero."""
-    vectors = [to.nbytes // 16 for to, _ in sums]
-    params = b"".join(
-        SUM.pack(
-            0 if terms is None else terms.data_ptr(),
-            to.data_ptr(),
-            count,
-            0 if terms is None else terms.stride(0),
-            0 if terms is None else len(terms),
-        )
-        for (to, terms), count in zip(sums, vectors, strict=True)
-    )
+    """The gradients of x and lam from g, (K D, B, H, W), if there is `more` to them than g, and `sums`."""
+    layout = work.layout
+    vectors = [s.to.nbytes // 16 // (1 if s.direction is None else 3) for s in sums]
+    params = b""
+    for (to, terms, k), count in zip(sums, vectors, strict=True):
+        of_terms = (0, 0) if terms is None else (terms.stride(0), len(terms))
+        of_logits = (0, 0) if k is None else (layout.starts[2] + 3 * k * layout.G, layout.directions[k] // 2)
+        address = 0 if terms is None else terms.data_ptr()
+        params += SUM.pack(address, to.data_ptr(), count, *of_terms, *of_logits)
     params += bytes((MOST_SUMS - len(sums)) * SUM.size)
-    tensors = (features, bias, g, grad)
-    params += struct.pack("4Q2q", *(0 if t is None else t.data_ptr() for t in tensors), features.stride(0), g.stride(0))
-    K, D = len(layout.directions), layout.D * more
-    params += struct.pack("q4i", sum(vectors), g[0].nbytes // 16, D, layout.starts[0], layout.gates < K)
+    tensors = (features, bias, g, grad, done)
+    params += struct.pack("5Q2q", *(0 if t is None else t.data_ptr() for t in tensors), features.stride(0), g.stride(0))
+    K, maps, vectors_of_map = len(layout.directions), work.B * layout.D * more, g[0, 0].nbytes // 16
+    counts = (count_of(work, variant), vectors_of_map, layout.D, maps)
+    params += struct.pack("4I5i4x", *counts, layout.starts[0], layout.gates < K, work.H, work.W, softmax)
     name = cuda.STORAGE_NAMES[grad.dtype]
     choices = dict(STORAGE=name, CLUSTER=1, THREADS=FINISH_THREADS, DIRECTIONS=K, HAS=int(layout.lam))
     chosen = ("-DGSPN2_FINISH_PLANES", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
-    threads = D * grad[0].nbytes // 16 + sum(vectors)
+    threads = maps * vectors_of_map + sum(vectors) + 1
     return Launch(
         "gspn2_finish_planes", chosen, params, -(-threads // FINISH_THREADS), (FINISH_THREADS, 1), 1, 0, follows=True
     )

@@ -339,6 +339,12 @@ GSPN2_DEVICE void groups_read() {
         groups.erase(groups.begin());
     }
 }
+GSPN2_DEVICE void groups_written() { groups_read<0>(); }
+// Launches run one after another here: what one waits for is there, or never is.
+GSPN2_DEVICE void release_add(unsigned* count) { ++*count; }
+GSPN2_DEVICE void wait_for_count(const unsigned* count, unsigned expected) {
+    if (*count != expected) emulation::fail("waiting for what was never counted");
+}
 GSPN2_DEVICE void engine_fence() {}
 GSPN2_DEVICE void next_launch_may_begin() {}
 GSPN2_DEVICE void launch_before_is_done() {}

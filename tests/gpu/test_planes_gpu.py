@@ -178,6 +178,39 @@ def test_autograd_gives_the_same_bits_every_time(case, launched):
     assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(run(), first, strict=True))
 
 
+# In one wave of blocks, and in several, where the second launch begins within the first.
+@pytest.mark.parametrize("case", [GRADIENTS[2][0], GRADIENTS[17][0], Case(2, 256, 256, 80)], ids=str)
+@torch.no_grad()
+def test_gradients_in_graphs_and_on_two_streams(case):
+    def operands(seed: int) -> list[torch.Tensor]:
+        features, bias = make_features(case, torch.bfloat16, seed, "cuda")
+        y, state = scan_module._scan_planes(*_operands(features, bias, case, True))
+        return [torch.randn_like(y), state, features, bias]
+
+    def run(grad_y, state, features, bias) -> torch.Tensor:
+        return torch.ops.gspn2.scan_planes_backward(grad_y, state, *_operands(features, bias, case))
+
+    inputs = [operands(seed) for seed in range(2)]
+    expected = [run(*i) for i in inputs]
+    given, graph = [t.clone() for t in inputs[0]], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [run(*given) for _ in range(3)]
+    for n in (0, 1, 0, 1):
+        for to, value in zip(given, inputs[n], strict=True):
+            to.copy_(value)
+        graph.replay()
+        assert all(torch.equal(g, expected[n]) for g in got)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(10):
+        both = []
+        for i, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                both.append(run(*i))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(both, expected, strict=True))
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_the_layer_trains_the_same_either_way(compiled, autocast, monkeypatch, launched):
