@@ -81,7 +81,10 @@ class Pass(NamedTuple):
 
 FORWARD = Pass(planes, "gspn2_planes", COMMON, USUAL | dict(mixed=1))
 BACKWARD = Pass(
-    planes_backward, "gspn2_planes_backward", COMMON | dict(workers=(2, 3, 4, 6, 8)), USUAL | dict(workers=4, mixed=0)
+    planes_backward,
+    "gspn2_planes_backward",
+    COMMON | dict(workers=(2, 3, 4, 6, 8), blocks=(1, 2)),
+    USUAL | dict(workers=4, mixed=0, blocks=1),
 )
 PAIRS = ("lines", "places", "units")
 Job = tuple[bool, Variant, torch.dtype, int]

@@ -30,7 +30,8 @@ struct PlaneParams {
     int gates;                       // planes from one direction's gates to the next one's
 };
 
-enum { HAS_BIAS = 4, HAS_H = 8 };  // h is for the backward, where y is something else
+// h is for the backward, where y is something else; inputs, x and lam, are there in the backward of one direction alone.
+enum { HAS_BIAS = 4, HAS_H = 8, HAS_INPUTS = 16 };
 [[maybe_unused]] constexpr int MOST_SLOTS = 4;
 
 // The weights of a position, as they lie in shared memory: those of the two outer taps, side by side. The middle one's is what is left

@@ -36,9 +36,10 @@ from .planes import (
     work_of,
 )
 
-MAPS = 6  # of u, logits, dy, the state, g and the gradient of u, for each of both ways along a map
+MAPS = 7  # of u, logits, dy, the state, g, the gradient of u and inputs, for each of both ways along a map
 FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number that a launch's boxes have
 H_HALO = 8  # positions of the state on either side of a share
+RESERVED = 1 << 10  # bytes of a processor's shared memory for each of its blocks
 SUM = struct.Struct("2Q3q")  # of planes.
 MOST_SUMS = 6  # the logits of each direction, u where directions share it, what pads the features
 FINISH_THREADS = 256
@@ -67,6 +68,8 @@ class Variant(NamedTuple):
     promotion: int
     mixed: int
     keep: int  # whether the second-level cache is to keep g rather than the rest
+    blocks: int  # for which a processor's registers are to suffice
+    inputs: bool  # whether it makes the gradients of x and lam, and no g
 
 
 def make_variant(
@@ -83,12 +86,14 @@ def make_variant(
     promotion: int = 2,
     mixed: int = 0,
     keep: int = 0,
+    blocks: int = 1,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
-    """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, None where a block
-    cannot have it."""
+    """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, or the part of them
+    that each of `blocks` on a processor has; None where a block cannot have it."""
     D, G, own = work.layout.D, work.layout.G, work.layout.own
+    shared = (shared + RESERVED) // blocks - RESERVED
     widths = widths_of(work, width)
     if widths is None or not 1 <= slots <= MOST_SLOTS:
         return None
@@ -109,6 +114,7 @@ def make_variant(
         spans[along], shares[along] = span, share
         at_once[along] = units[along] if along else min(units[along], chunk)
         row, tiles = each * work.size, [span, *[span] * work.layout.u, share + (2 * H_HALO if cluster > 1 else 0)]
+        tiles += [share, share] * work.layout.alone
         stage = sum(up(width * row * positions) for positions in tiles) + up(3 * sets * row * span)
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
@@ -147,6 +153,8 @@ def make_variant(
         promotion,
         mixed,
         keep,
+        blocks,
+        work.layout.alone,
     )
 
 
@@ -172,6 +180,7 @@ class Row(NamedTuple):
     keep: int = 0
     stages: int = MOST_STAGES  # of a ring at most
     most: int = 1 << 30  # channels of all slices
+    blocks: int = 1  # for which a processor's registers and shared memory are to suffice
 
 
 ROWS = (
@@ -187,6 +196,7 @@ ROWS = (
     Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (8, 4), 4, 4),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3),
     Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=4),
+    Row(641, 1280, True, 4, 64, 1, (16, 4), (3, 4), (4, 1), 4, 4, stages=3),
 )
 
 
@@ -205,7 +215,7 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
-    D, options = work.layout.D, options_of(row, work, device, "workers")
+    D, options = work.layout.D, options_of(row, work, device, "workers", "blocks")
     if isinstance(row.width, tuple):
         two = takes_two(row.width, work, options["cluster"], device)
         return make_variant(work, row.width, **options) if two else None
@@ -219,15 +229,15 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
-    pairs = dict(SHARE="shares", STAGES="stages")
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6, pairs, THREADS=up(variant.threads, 64))
+    pairs, more = dict(SHARE="shares", STAGES="stages"), dict(THREADS=up(variant.threads, 64), BLOCKS=variant.blocks)
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has & 6 | 16 * variant.inputs, pairs, **more)
 
 
 class Gradients(NamedTuple):
     """What a launch writes: (planes, B, H, W) each, every direction apart; of the logits each slice's part of a group,
     (parts, planes, B, H, W)."""
 
-    g: torch.Tensor
+    g: torch.Tensor  # or, where the variant has inputs, the gradients of x and lam
     u: torch.Tensor | None
     logits: torch.Tensor
 
@@ -255,6 +265,8 @@ def make_launch(
         add(1, along, FEATURES, features, span, 3 * min(variant.sets, width))
         add(2, along, GRAD_Y, grad_y, span, width)
         add(3, along, STATE, state, share + 2 * halo, width)
+        if variant.inputs:
+            add(6, along, FEATURES, features, share, width)
         if not along:
             add(4, along, G, grads.g, share, 1)
             if grads.u is not None:
@@ -265,7 +277,7 @@ def make_launch(
     params = pack_params(work, variant, views, softmax, apart)
     address = 0 if bias is None else bias.data_ptr()
     per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
-    params += struct.pack("q5i4x", address, *layout.starts[1:], layout.gate_step, per_y, variant.workers)
+    params += struct.pack("q6i", address, *layout.starts, layout.gate_step, per_y, variant.workers)
     chosen = defines(variant, features.dtype, 2 * layout.u + 4 * (bias is not None))
     return launch_of("gspn2_planes_backward", chosen, params, variant, boxes, 2 * MAPS)
 
@@ -283,7 +295,8 @@ def scan_backward(
     device: Device | None = None,
     execute: Callable[[Launch], None] | None = None,
 ) -> torch.Tensor | None:
-    """The gradient of `features`, (F, B, H, W), in two launches, None where there is no variant.
+    """The gradient of `features`, (F, B, H, W), in two launches (one where it leaves nothing to add or to clear), None
+    where there is no variant.
 
     `grad_y` is (K D, B, H, W), or (D, B, H, W) of the directions' sum; `state` what the forward saved. `device` and
     `execute` are for tests.
@@ -303,7 +316,12 @@ def scan_backward(
 
     # In the place of lam's gradient, or of x's, where there is just as much of these.
     places = of_lam if layout.lam else of_x
-    g = places if len(places) == K * layout.D else features.new_empty(K * layout.D, *features.shape[1:])
+    if variant.inputs:
+        g = grad[: 2 * layout.D]
+    elif len(places) == K * layout.D:
+        g = places
+    else:
+        g = features.new_empty(K * layout.D, *features.shape[1:])
     grad_u = of_u if layout.u else None
     if layout.u and layout.gates < K:
         apart = of_u.new_empty(K, *of_u.shape)
@@ -320,7 +338,7 @@ def scan_backward(
     if len(padding):
         sums.append((padding, None))
     run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax))
-    more = layout.lam or g is not of_x
+    more = not variant.inputs and (layout.lam or g is not of_x)
     if more or sums:
         run(finish_launch(features, bias, g, grad, layout, more, sums))
     return grad
