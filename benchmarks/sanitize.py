@@ -91,8 +91,8 @@ def boxed_work(shapes: Iterable[Any]) -> None:
 @contextmanager
 def engine_known(planes: int) -> Iterator[None]:
     """initcheck does not follow what the copy engine writes and reports each read of it: what it may write of
-    gradients, their first `planes`, which are of scans along rows, is cleared before. (That nothing is left unwritten
-    is for the tests, which fill new memory with NaN.)"""
+    gradients, their first `planes` at most, which are of scans along rows, is cleared before. (That nothing is left
+    unwritten is for the tests, which fill new memory with NaN.)"""
     execute = cuda._execute
 
     def cleared_before(launch: cuda.Launch) -> None:
@@ -101,7 +101,8 @@ def engine_known(planes: int) -> Iterator[None]:
             for box in launch.boxes:
                 if box.tensor in (planes_backward.G, planes_backward.GRAD_U):
                     stream = torch.cuda.current_stream().cuda_stream
-                    runtime.memsetAsync(box.address, 0, planes * box.strides[2], stream)
+                    count = min(planes, box.sizes[3])
+                    runtime.memsetAsync(box.address, 0, count * box.strides[2], stream)
         execute(launch)
 
     with mock.patch.object(cuda, "_execute", cleared_before):
@@ -120,7 +121,7 @@ def planes_work(shapes: Iterable[Any]) -> None:
             if not scans_planes(features, H, W, D, G, training=True):
                 continue
             y = gspn2_scan_planes(features.requires_grad_(), bias, **options)
-            with engine_known(min(2, K) * D):
+            with engine_known(2 * D):  # of one direction those of x and lam
                 torch.autograd.grad(y, features, torch.rand(y.shape, dtype=dtype).cuda())
             torch.cuda.synchronize()
 

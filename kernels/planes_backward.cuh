@@ -15,19 +15,21 @@
 // The logits' gradients are (1 - w[t] (the sum of the sigmoids)) v[t].
 // g goes to memory, and `finish_planes` makes of it dx, the sum over the directions of lam g, and dlam = x g: so neither x nor lam
 // is needed here, and a slice has room for more channels. It also adds the parts and, for what directions share, the directions.
+// One direction alone has no others to be added to: x and lam come in boxes of the share, and dx and dlam follow from g at once, which
+// stays here.
 #pragma once
 
 #include "planes.cuh"
 
-enum { HAS_PARTS = 32 };  // slices have parts of a group's channels
-enum { BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_G, BACK_DU, BACK_MAPS };
+enum { HAS_INPUTS = 16, HAS_PARTS = 32 };  // one direction alone; slices have parts of a group's channels
+enum { BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_G, BACK_DU, BACK_INPUTS, BACK_MAPS };
 
 struct PlaneBackwardParams {
     TensorMap maps[2][BACK_MAPS];  // for scans along rows and along columns: (column, row, batch, plane, 1)
     Params scan;                   // its views only of g (as grad_lam) and gradients; planes apart by `group`
     const void* bias;              // of every plane
     unsigned* done;                // of every image and channel, who has left all g of it in memory; or none
-    int u, logits;                 // their first planes
+    int lam, u, logits;            // their first planes; with inputs, g's view and map are of the gradients of x and lam
     int gates, dy;                 // planes from one direction's gates to the next one's; the same of dy
     int workers;                   // warps that make gradients
 };
@@ -39,7 +41,8 @@ struct BackwardPlaneRing {
     using Type = T;
     static constexpr int WIDTH = WIDTH_, SETS = SETS_ > 1 ? WIDTH_ : 1, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
     static constexpr int SLOTS = SLOTS_, UNIT = UNIT_, HALO = HALO_, CLUSTER = CLUSTER_;
-    static constexpr bool KEEP = KEEP_, VERTICAL = VERTICAL_, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS, PARTS = HAS & HAS_PARTS;
+    static constexpr bool VERTICAL = VERTICAL_, U = HAS & HAS_U, BIAS = HAS & HAS_BIAS, INPUTS = HAS & HAS_INPUTS, PARTS = HAS & HAS_PARTS;
+    static constexpr bool KEEP = KEEP_ && !INPUTS;
     static constexpr int SIZE = sizeof(T), PART = 16 / SIZE, GRADS = PARTS ? 2 : 3;  // planes of a set
     static constexpr int CHUNK = !VERTICAL ? PART : LINES < 8 ? LINES : 8;
     static constexpr int CHUNKS = LINES / CHUNK, ROW = LINES * SIZE, PER_CHANNEL = SPAN / PLACES;
@@ -61,10 +64,12 @@ struct BackwardPlaneRing {
     static constexpr int HEADER = up(SIGNALS + (CLUSTER > 1 ? 4 * INBOX * 4 : 0));
     static constexpr int SLOT = CHUNK * SETS * SPAN, BOXES = HEADER + up(SLOTS * SLOT * (2 * SIZE + (PARTS ? 0 : 4)));
     static constexpr int tile(int span) { return up(WIDTH * LINES * span * SIZE); }
-    static constexpr int DY_AT = 0, U_AT = tile(SPAN), H_AT = U_AT + U * tile(SPAN), TAPS_AT = H_AT + tile(H_SPAN);
+    static constexpr int DY_AT = 0, U_AT = tile(SPAN), H_AT = U_AT + U * tile(SPAN), X_AT = H_AT + tile(H_SPAN);
+    static constexpr int LAM_AT = X_AT + INPUTS * tile(SHARE), TAPS_AT = LAM_AT + INPUTS * tile(SHARE);
     static constexpr int STAGE = TAPS_AT + up(3 * SETS * LINES * SPAN * SIZE);
     static constexpr int G_AT = U ? U_AT : DY_AT;
-    static constexpr int LOADED = LINES * SIZE * (SPAN * (WIDTH * (1 + U) + 3 * SETS) + WIDTH * H_SPAN);  // bytes that arrive for a stage
+    // Bytes that arrive for a stage.
+    static constexpr int LOADED = LINES * SIZE * (SPAN * (WIDTH * (1 + U) + 3 * SETS) + WIDTH * (H_SPAN + 2 * INPUTS * SHARE));
 
     GSPN2_DEVICE static Signal* signals() { return reinterpret_cast<Signal*>(shared_memory()); }
     GSPN2_DEVICE static Signal* full(int stage) { return signals() + stage; }
@@ -131,6 +136,10 @@ GSPN2_DEVICE void load_backward_planes(const PlaneBackwardParams& planes, const 
         load(R::DY_AT, BACK_DY, position, at.index * planes.dy + channel);
         if constexpr (R::U) load(R::U_AT, BACK_U, position, planes.u + at.index * planes.gates + channel);
         load(R::H_AT, BACK_H, at.start - R::H_LOW, at.index * p.channels + channel);
+        if constexpr (R::INPUTS) {
+            load(R::X_AT, BACK_INPUTS, at.start, channel);
+            load(R::LAM_AT, BACK_INPUTS, at.start, planes.lam + channel);
+        }
     }
 }
 
@@ -156,7 +165,15 @@ GSPN2_DEVICE void store_backward_planes(const PlaneBackwardParams& planes, const
         engine_fence();
         for (int c = 0; c < count; ++c) {
             const int plane = at.index * all + first + c, offset = (c * R::SPAN + R::LOW) * R::ROW;
-            store_box<R::KEEP>(planes.maps[0][BACK_G], line, at.start, at.batch, plane, 0, box + R::G_AT + offset);
+            const auto store = [&](int to, int from) {
+                store_box<R::KEEP>(planes.maps[0][BACK_G], line, at.start, at.batch, to, 0, box + from);
+            };
+            if constexpr (R::INPUTS) {
+                store(plane, R::X_AT + c * R::SHARE * R::ROW);
+                store(planes.lam + plane, R::LAM_AT + c * R::SHARE * R::ROW);
+            } else {
+                store(plane, R::G_AT + offset);
+            }
             if constexpr (R::U) store_box(planes.maps[0][BACK_DU], line, at.start, at.batch, plane, 0, box + R::DY_AT + offset);
         }
         end_group();
@@ -441,9 +458,9 @@ GSPN2_DEVICE Words<T, N> product(const Words<T, N>& a, const Words<T, N>& b) {
     return result;
 }
 
-// The gradients of u and of the logits where g is there, and along columns g and du to memory, task by task, shared out among
-// `wanted` warps: no more than there are tasks in all slots, or one could come to a slot a whole turn before its time, which a parity
-// does not tell.
+// The gradients of u, of the logits and, with inputs, of x and lam where g is there; along columns all of them to memory, and g, where
+// there are no inputs. Task by task, shared out among `wanted` warps: no more than there are tasks in all slots, or one could come to a
+// slot a whole turn before its time, which a parity does not tell.
 template <bool ASCENDING, typename R>
 GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place& at, int thread, int wanted) {
     using T = typename R::Type;
@@ -463,6 +480,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
     const int parts = R::SETS > 1 ? 1 : (p.channels / p.groups + WIDTH - 1) / WIDTH;  // slices of a group
     T* const grad_logits = begin(p.grad_logits, R::GRADS * group) + at.slice % parts * p.part_stride;
     [[maybe_unused]] T *g_planes = nullptr, *grad_u = nullptr;  // that lanes write
+    [[maybe_unused]] const long long to_lam = planes.lam * p.grad_lam.group;  // from a channel's plane for x to that for lam
     if constexpr (VERTICAL) {
         g_planes = begin(p.grad_lam, slice);
         if constexpr (R::U) grad_u = begin(p.grad_u, slice);
@@ -482,6 +500,8 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
         const auto row_of = [&](int c, int t) { return place_of(c) * CHUNK + (ASCENDING ? t : CHUNK - 1 - t); };
         const int row = VERTICAL ? row_of(chunk, s) : place * CHUNK, line = box_line + row;
         const bool active = unit < R::TASK_LANES && position < at.owned && line < lines.high;
+        // Along rows gradients come to where something was read, and a lane without a task has another one's place.
+        [[maybe_unused]] const bool reads = VERTICAL || R::TASK_LANES % 32 == 0 || unit < R::TASK_LANES;
 
         signal_wait(R::scanned(slot), n / R::SLOTS & 1);
         signal_wait(R::full(stage), batch / R::STAGES & 1);  // implied, but for what the engine wrote
@@ -494,6 +514,7 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             return VERTICAL ? R::row_part(span, 0, row, position_of_box) : R::column_part(span, 0, position_of_box, place_of_box);
         };
         unsigned char* const of_span = box + offset(R::SPAN, R::LOW + position, place);
+        [[maybe_unused]] unsigned char* const of_share = box + offset(R::SHARE, position, place);
         const unsigned char* const of_h = box + offset(R::H_SPAN, R::H_LOW + position, place);
         // The line before's: of a row whole vectors and both neighbours; of a column, whose vectors are lines, what the one with the
         // next line has, at each of three positions.
@@ -556,8 +577,20 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
             g.load(of_span + R::G_AT + plane(R::SPAN));
             h.load(of_h + R::H_AT + plane(R::H_SPAN));
             if constexpr (R::U) {
-                // Along rows du comes there, and a lane without a task has another one's place.
-                if (VERTICAL || R::TASK_LANES % 32 == 0 || unit < R::TASK_LANES) dy.load(of_span + R::DY_AT + plane(R::SPAN));
+                if (reads) dy.load(of_span + R::DY_AT + plane(R::SPAN));
+            }
+            [[maybe_unused]] Vector of_x{}, of_lam{};  // x and lam, then their gradients
+            if constexpr (R::INPUTS) {
+                if (reads) {
+                    of_x.load(of_share + R::X_AT + plane(R::SHARE));
+                    of_lam.load(of_share + R::LAM_AT + plane(R::SHARE));
+                }
+                if constexpr (R::BIAS) {
+                    const T* const bias = global_memory(static_cast<const T*>(planes.bias)) + slice + c;
+                    of_x.add(bias[0]), of_lam.add(bias[planes.lam]);
+                }
+                const Vector x = of_x;
+                of_x = product(of_lam, g), of_lam = product(x, g);
             }
             float before[3][PART];  // h of the line before, at j - 1, j and j + 1
             if constexpr (VERTICAL) {
@@ -595,11 +628,16 @@ GSPN2_DEVICE void make_gradients(const PlaneBackwardParams& planes, const Place&
                 for (int t = 0; t < 3; ++t) sum[t][e] += passed * before[t][e];
             }
             if constexpr (VERTICAL) {
-                store_words_if<4, R::KEEP>(active, to_g, g.words);
+                store_words_if<4, R::KEEP>(active, to_g, R::INPUTS ? of_x.words : g.words);
+                if constexpr (R::INPUTS) store_words_if<4>(active, to_g + to_lam, of_lam.words);
                 to_g += p.grad_lam.group;
                 if constexpr (R::U) store_words_if<4>(active, to_u, du.words), to_u += p.grad_u.group;
-            } else if constexpr (R::U) {
-                if (active) du.store(of_span + R::DY_AT + plane(R::SPAN));
+            } else if (active) {
+                if constexpr (R::U) du.store(of_span + R::DY_AT + plane(R::SPAN));
+                if constexpr (R::INPUTS) {
+                    of_x.store(of_share + R::X_AT + plane(R::SHARE));
+                    of_lam.store(of_share + R::LAM_AT + plane(R::SHARE));
+                }
             }
             if constexpr (R::SETS > 1) {
                 finish(c);

@@ -107,8 +107,8 @@ def random_variant(
             directions=tuple(generator.sample(DIRECTIONS, generator.randint(1, 4))),
             normalizer=generator.choice(("sigmoid", "softmax")),
             segment=generator.choice((None, None, 16)),
-            **{name: generator.choice(values) for name, values in of_case.items()},
         )
+        case = case._replace(**{name: generator.choice(values) for name, values in of_case.items()})
         dtype = generator.choice((BF16, FP16, FP32))
         chosen: dict[str, Any] = dict(
             width=generator.choice((1, 2, 4, 5, 8)),

@@ -10,6 +10,7 @@ from gspn2_diffusion.layers import GSPN2Layer, scan_layer
 from gspn2_diffusion.ops import eager, gspn2_scan_planes, planes, planes_backward
 from gspn2_diffusion.ops import scan as scan_module
 from gspn2_diffusion.ops.cuda import Launch
+from gspn2_diffusion.ops.validation import DIRECTIONS
 
 from .emulated import DEVICES, execute, library, needs_compiler
 from .scan_cases import NAMES, Case, assert_close, make_features, planes_options, seeded
@@ -28,8 +29,8 @@ def exact_parts(case: Case, features: torch.Tensor, bias: torch.Tensor | None) -
 
 def run(
     case: Case, dtype: torch.dtype, biased: bool = True, seed: int = 0
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Launch]:
-    """The emulated kernel's gradients, float64's from the same saved state, and the launch. (What the state loses in
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Launch]]:
+    """The emulated kernel's gradients, float64's from the same saved state, and the launches. (What the state loses in
     the storage type is most of the logits' gradients' error, whoever makes them.)"""
     features, bias = make_features(case, dtype)
     given = bias if biased else None
@@ -58,14 +59,15 @@ def run(
     split = grad.split((*layout.sizes, len(grad) - sum(layout.sizes)))
     assert not split[4].any(), "what pads the features has no gradient"
     got = {f"d_{name}": t for name, t in zip(NAMES, split[:4], strict=True) if len(t)}
-    return got, expected, launches[0]
+    return got, expected, launches
 
 
-def check(case: Case, dtype: torch.dtype, biased: bool = True, seed: int = 0) -> None:
-    got, expected, _ = run(case, dtype, biased, seed)
+def check(case: Case, dtype: torch.dtype, biased: bool = True, seed: int = 0) -> list[Launch]:
+    got, expected, launches = run(case, dtype, biased, seed)
     assert got.keys() == expected.keys()
     for name, grad in got.items():
         assert_close(name, grad, expected[name])
+    return launches
 
 
 # As the forward's: halos as wide as a share, blocks with few positions or none, ragged slices and boxes, odd and even
@@ -116,12 +118,70 @@ def test_emulated_variants_match_torch(case, dtype, choices, monkeypatch):
         check(case, dtype, biased)
 
 
+# One direction, whose gradients of x and lam the scan makes itself: either way and sense, lanes without a task, blocks
+# with few positions or none, ragged slices and boxes, parts of the logits' gradients. Last, whether there is neither
+# padding nor more than one part, and so nothing left for a second launch.
+ALONE = [
+    (Case(1, 8, 8, 7, directions=("right",)), BF16, dict(width=7, lines=(8, 8)), True),
+    (Case(2, 9, 16, 3, 3, ("left",), gates="lam"), FP16, dict(width=2, lines=(16, 4), workers=8), False),
+    (Case(1, 19, 40, 8, 8, ("right",), gates="lam"), BF16, dict(width=1, cluster=2, keep=1), True),
+    (Case(1, 19, 40, 8, 8, ("left",), gates="lam"), FP32, dict(width=3, lines=(16, 4), cluster=3, places=(5, 4)), True),
+    (Case(1, 27, 16, 4, 4, ("right",), "softmax"), FP32, dict(width=3, lines=(8, 4), most_stages=2), True),
+    (Case(1, 33, 48, 7, directions=("left",)), BF16, dict(width=3, lines=(32, 8), places=(5, 4)), False),
+    (
+        Case(1, 70, 24, 6, 2, ("right",), gates="shared", merge="sum"),
+        FP32,
+        dict(width=3, cluster=3, lines=(8, 4)),
+        True,
+    ),
+    (Case(1, 33, 32, 4, segment=16, directions=("left",)), FP16, dict(width=2, lines=(8, 8)), False),
+    (Case(1, 8, 8, 7, directions=("down",)), FP32, dict(width=4, lines=(8, 8), blocks=2), False),
+    (Case(2, 9, 16, 8, 8, ("up",), gates="lam"), BF16, dict(width=3, lines=(16, 4), keep=1), True),
+    (Case(1, 21, 72, 8, 8, ("down",), gates="lam"), FP32, dict(width=1, cluster=2, lines=(16, 8)), True),
+    (Case(1, 21, 72, 3, 3, ("up",)), BF16, dict(width=2, cluster=3, workers=1, slots=2), False),
+    (Case(1, 30, 56, 7, normalizer="softmax", directions=("up",), gates="shared"), FP16, dict(width=7, halo=16), True),
+    (Case(1, 33, 32, 4, 2, ("down",), segment=16, gates="lam"), BF16, dict(width=1, cluster=2, lines=(8, 8)), False),
+]
+
+
 @needs_compiler
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(("case", "dtype", "choices", "whole"), ALONE, ids=[str(each[0]) for each in ALONE])
+def test_one_direction_alone_takes_one_launch(case, dtype, choices, whole, monkeypatch):
+    v = planes_backward.make_variant(
+        planes.Work(case.B, case.H, case.W, layout_of(case), case.segment or 0, dtype.itemsize, False), **choices
+    )
+    monkeypatch.setattr(planes_backward, "choose", lambda work, device: v)
+    for biased in (True, False) if case.W == 16 else (True,):
+        launches = check(case, dtype, biased)
+        assert [launch.kernel for launch in launches] == ["gspn2_planes_backward", "gspn2_finish_planes"][: 2 - whole]
+    # The second launch makes the same of g.
+    got = run(case, dtype)[0]
+    monkeypatch.setattr(planes_backward, "choose", lambda work, device: v._replace(inputs=False))
+    expected, _, launches = run(case, dtype)
+    assert len(launches) == 2 and all(torch.equal(grad, expected[name]) for name, grad in got.items())
+
+
+@needs_compiler
+def test_one_direction_without_lam_has_nothing_to_make(monkeypatch):
+    for case, choices in (
+        (Case(1, 9, 16, 5, directions=("right",), gates="none"), dict(width=5, lines=(8, 8))),
+        (Case(1, 9, 32, 4, 4, ("down",), gates="none"), dict(width=2, cluster=2)),
+    ):
+        monkeypatch.setattr(
+            planes_backward, "choose", lambda work, device, c=choices: planes_backward.make_variant(work, **c)
+        )
+        launches = check(case, BF16)
+        assert len(launches) == 1 and "-DGSPN2_HAS=4" in launches[0].defines
+
+
+@needs_compiler
+@pytest.mark.parametrize("part", range(8))
 def test_random_variants_emulated(part, monkeypatch):
     seed, generator = seeded(part)
     more = dict(gates=("each", "shared", "lam", "none"), merge=("concat", "sum"), workers=(1, 3, 8))
-    more |= dict(mixed=(0, 1), keep=(0, 1), width=(1, 2, 5, (1, 3), (4, 2)))
+    more |= dict(mixed=(0, 1), keep=(0, 1), width=(1, 2, 5, (1, 3), (4, 2)), blocks=(1, 1, 2))
+    if part >= 4:
+        more |= dict(directions=tuple((direction,) for direction in DIRECTIONS), gates=("each", "shared", "lam"))
     case, dtype, chosen = random_variant(generator, planes_backward.make_variant, **more)
     monkeypatch.setattr(planes_backward, "choose", lambda work, device: planes_backward.make_variant(work, **chosen))
     check(case, dtype, generator.random() < 0.7, seed)
@@ -197,6 +257,10 @@ TABLE = [
     (Case(1, 650, 16, 9, directions=("left",)), FP16),
     (Case(3, 650, 8, 24, directions=("left", "up")), FP16),
     (Case(1, 660, 16, 2, 2, ("right",), gates="lam"), FP16),
+    (Case(1, 650, 8, 2, 2, ("left", "down"), gates="lam"), BF16),
+    (Case(1, 660, 16, 2, 2, ("left",), gates="lam"), FP32),
+    (Case(1, 5, 648, 2, 2, ("up",), gates="lam"), FP32),
+    (Case(1, 650, 8, 2, 2, ("right", "left"), gates="lam"), FP32),
 ]
 
 
@@ -213,8 +277,8 @@ def test_each_row_of_the_table_is_emulated():
 @needs_compiler
 def test_same_bits_in_any_order_of_threads():
     case = Case(1, 9, 144, 5, directions=("left", "up"))
-    first, _, launch = run(case, BF16, seed=1)
-    assert launch.cluster > 1
+    first, _, launches = run(case, BF16, seed=1)
+    assert launches[0].cluster > 1
     second = run(case, BF16, seed=2)[0]
     assert all(torch.equal(grad, second[name]) for name, grad in first.items())
 
@@ -277,10 +341,25 @@ def test_other_devices_and_shapes_have_none():
 
 @needs_compiler
 @pytest.mark.parametrize("choices", [dict(width=5), dict(width=4, cluster=4, halo=16, slots=2)], ids=["one", "cluster"])
-def test_shared_memory_is_what_the_kernel_needs(choices):
-    work = planes.Work(1, 64, 64, layout_of(Case(1, 64, 64, 20)), 0, 2, False)
+@pytest.mark.parametrize(
+    "directions", [("right", "left", "down", "up"), ("right",), ("up",)], ids=["four", "row", "column"]
+)
+def test_shared_memory_is_what_the_kernel_needs(choices, directions):
+    work = planes.Work(1, 64, 64, layout_of(Case(1, 64, 64, 20, directions=directions)), 0, 2, False)
     v = planes_backward.make_variant(work, **choices, places=(4, 4), most_stages=2)
     assert library(planes_backward.defines(v, BF16, 15)).needed_shared_bytes(0, 0) == v.shared
+
+
+def test_two_blocks_share_a_processor():
+    layout = planes.Layout(8, 8, (0,), 1, True, False)
+    row = planes_backward.ROWS[-1]
+    one, two = (
+        planes_backward.variant_of(row._replace(blocks=n), planes.Work(16, 1024, 1024, layout, 0, 4, False), H100)
+        for n in (1, 2)
+    )
+    assert two.shared < one.shared and 2 * (two.shared + 1024) <= H100.shared + 1024
+    assert two._replace(stages=one.stages, shared=one.shared, blocks=1) == one
+    assert "-DGSPN2_BLOCKS=2" in planes_backward.defines(two, FP32, 1)
 
 
 @pytest.mark.parametrize("case", [*CASES, Case(1, 4, 5, 3, gates="none", merge="sum")], ids=str)

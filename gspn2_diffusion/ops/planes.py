@@ -49,6 +49,11 @@ class Layout(NamedTuple):
         return self.G == self.D > 1
 
     @property
+    def alone(self) -> bool:
+        """Whether nothing of other directions is to be added to the gradients of x and lam."""
+        return self.lam and len(self.directions) == 1
+
+    @property
     def gate_step(self) -> int:
         """Planes from one direction's gates to the next one's."""
         return self.D if self.gates > 1 else 0

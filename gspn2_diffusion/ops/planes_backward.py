@@ -35,10 +35,11 @@ from .planes import (
     work_of,
 )
 
-MAPS = 6  # of u, logits, dy, the state, g and the gradient of u, for each of both ways along a map
+MAPS = 7  # of u, logits, dy, the state, g, the gradient of u and inputs, for each of both ways along a map
 FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number that a launch's boxes have
-HAS_PARTS = 32
+HAS_INPUTS, HAS_PARTS = 16, 32
 H_HALO = 8  # positions of the state on either side of a share
+RESERVED = 1 << 10  # bytes of a processor's shared memory for each of its blocks
 SUM = struct.Struct("2Q2q3i4x")  # of planes
 MOST_SUMS = 6  # the logits of each direction, u where directions share it, what pads the features
 FINISH_THREADS = 256
@@ -68,6 +69,8 @@ class Variant(NamedTuple):
     mixed: int
     keep: int  # whether the second-level cache is to keep g rather than the rest
     early: int  # whether the second launch begins with what is done while the first still runs
+    blocks: int  # for which a processor's registers are to suffice
+    inputs: bool  # whether it makes the gradients of x and lam, and no g
 
 
 def make_variant(
@@ -85,12 +88,14 @@ def make_variant(
     mixed: int = 0,
     keep: int = 0,
     early: int = 0,
+    blocks: int = 1,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
-    """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, None where a block
-    cannot have it."""
+    """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, or the part of them
+    that each of `blocks` on a processor has; None where a block cannot have it."""
     D, G, own = work.layout.D, work.layout.G, work.layout.own
+    shared = (shared + RESERVED) // blocks - RESERVED
     widths = widths_of(work, width)
     if widths is None or not 1 <= slots <= MOST_SLOTS:
         return None
@@ -111,6 +116,7 @@ def make_variant(
         spans[along], shares[along] = span, share
         at_once[along] = units[along] if along else min(units[along], chunk)
         row, tiles = each * work.size, [span, *[span] * work.layout.u, share + (2 * H_HALO if cluster > 1 else 0)]
+        tiles += [share, share] * work.layout.alone
         stage = sum(up(width * row * positions) for positions in tiles) + up(3 * sets * row * span)
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
@@ -151,6 +157,8 @@ def make_variant(
         mixed,
         keep,
         early,
+        blocks,
+        work.layout.alone,
     )
 
 
@@ -177,6 +185,7 @@ class Row(NamedTuple):
     early: int = 0
     stages: int = MOST_STAGES  # of a ring at most
     most: int = 1 << 30  # channels of all slices
+    blocks: int = 1  # for which a processor's registers and shared memory are to suffice
 
 
 ROWS = (
@@ -192,6 +201,7 @@ ROWS = (
     Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (8, 4), 4, 4, early=1),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3, early=1),
     Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=4, early=1),
+    Row(641, 1280, True, 4, 64, 1, (16, 4), (3, 4), (4, 1), 4, 4, early=1, stages=3),
 )
 
 
@@ -210,7 +220,7 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
-    D, options = work.layout.D, options_of(row, work, device, "workers", "early")
+    D, options = work.layout.D, options_of(row, work, device, "workers", "early", "blocks")
     if isinstance(row.width, tuple):
         two = takes_two(row.width, work, options["cluster"], device)
         return make_variant(work, row.width, **options) if two else None
@@ -224,16 +234,16 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
-    pairs = dict(SHARE="shares", STAGES="stages")
-    has = has & 6 | HAS_PARTS * (max(variant.parts) > 1)
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has, pairs, THREADS=up(variant.threads, 64))
+    pairs, more = dict(SHARE="shares", STAGES="stages"), dict(THREADS=up(variant.threads, 64), BLOCKS=variant.blocks)
+    has = has & 6 | HAS_INPUTS * variant.inputs | HAS_PARTS * (max(variant.parts) > 1)
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has, pairs, **more)
 
 
 class Gradients(NamedTuple):
     """What a launch writes: (planes, B, H, W) each, every direction apart; of the logits each slice's part of a group,
     two for each three, (parts, planes, B, H, W)."""
 
-    g: torch.Tensor
+    g: torch.Tensor  # or, where the variant has inputs, the gradients of x and lam
     u: torch.Tensor | None
     logits: torch.Tensor
 
@@ -262,6 +272,8 @@ def make_launch(
         add(1, along, FEATURES, features, span, 3 * min(variant.sets, width))
         add(2, along, GRAD_Y, grad_y, span, width)
         add(3, along, STATE, state, share + 2 * halo, width)
+        if variant.inputs:
+            add(6, along, FEATURES, features, share, width)
         if not along:
             add(4, along, G, grads.g, share, 1)
             if grads.u is not None:
@@ -274,7 +286,7 @@ def make_launch(
     address = 0 if bias is None else bias.data_ptr()
     per_y = layout.D if grad_y.shape[0] == state.shape[0] else 0
     addresses = (address, 0 if done is None else done.data_ptr())
-    params += struct.pack("2Q5i4x", *addresses, *layout.starts[1:], layout.gate_step, per_y, variant.workers)
+    params += struct.pack("2Q6i", *addresses, *layout.starts, layout.gate_step, per_y, variant.workers)
     chosen = defines(variant, features.dtype, 2 * layout.u + 4 * (bias is not None))
     return launch_of("gspn2_planes_backward", chosen, params, variant, boxes, 2 * MAPS)
 
@@ -292,7 +304,8 @@ def scan_backward(
     device: Device | None = None,
     execute: Callable[[Launch], None] | None = None,
 ) -> torch.Tensor | None:
-    """The gradient of `features`, (F, B, H, W), in two launches, None where there is no variant.
+    """The gradient of `features`, (F, B, H, W), in two launches (one where it leaves nothing to add or to clear), None
+    where there is no variant.
 
     `grad_y` is (K D, B, H, W), or (D, B, H, W) of the directions' sum; `state` what the forward saved. `device` and
     `execute` are for tests.
@@ -312,7 +325,12 @@ def scan_backward(
 
     # In the place of lam's gradient, or of x's, where there is just as much of these.
     places = of_lam if layout.lam else of_x
-    g = places if len(places) == K * layout.D else features.new_empty(K * layout.D, *features.shape[1:])
+    if variant.inputs:
+        g = grad[: 2 * layout.D]
+    elif len(places) == K * layout.D:
+        g = places
+    else:
+        g = features.new_empty(K * layout.D, *features.shape[1:])
     grad_u = of_u if layout.u else None
     if layout.u and layout.gates < K:
         apart = of_u.new_empty(K, *of_u.shape)
@@ -327,7 +345,7 @@ def scan_backward(
     grads = Gradients(g, grad_u, grad_logits)
     if len(padding):
         sums.append(Sum(padding, None))
-    more = layout.lam or g is not of_x
+    more = not variant.inputs and (layout.lam or g is not of_x)
     done = features.new_zeros(work.B * layout.D, dtype=torch.int32) if more and variant.early else None
     run(make_launch(grad_y, state, features, bias, grads, work, variant, softmax, done))
     if more or sums:

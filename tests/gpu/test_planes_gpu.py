@@ -120,8 +120,12 @@ GRADIENTS = [
     (Case(1, 1000, 152, 8), HALF),
     (Case(1, 24, 2048, 5, gates="none"), HALF),
     (Case(1, 24, 1400, 5, gates="none", merge="sum"), HALF),
-    (Case(1, 700, 96, 8, 8, ("right", "up"), gates="lam"), HALF),
-    (Case(1, 656, 136, 4, 4, ("left", "down"), gates="lam"), HALF),
+    (Case(1, 700, 96, 8, 8, ("right", "up"), gates="lam"), TYPES),
+    (Case(1, 656, 136, 4, 4, ("left", "down"), gates="lam"), TYPES),
+    (Case(2, 700, 96, 8, 8, ("right",), gates="lam"), TYPES),
+    (Case(1, 90, 648, 4, 4, ("up",)), TYPES),
+    (Case(2, 57, 64, 7, directions=("left",)), HALF),
+    (Case(1, 90, 256, 24, 2, ("down",), gates="shared", merge="sum"), HALF),
     (Case(9, 100, 128, 48), HALF),
     (Case(2, 40, 256, 64, gates="shared", merge="sum"), HALF),
     (Case(1, 648, 104, 48, 2, ("right", "up", "left")), HALF),
@@ -164,7 +168,7 @@ def test_gradients_of_random_shapes(part):
         check_gradients(random_case(choice), choice.choice(TYPES), seed=n)
 
 
-@pytest.mark.parametrize("case", [GRADIENTS[n][0] for n in (2, 7, 13, 18)], ids=str)
+@pytest.mark.parametrize("case", [GRADIENTS[n][0] for n in (2, 7, 13, 17, 22)], ids=str)
 def test_autograd_gives_the_same_bits_every_time(case, launched):
     features, bias = (t.requires_grad_() for t in make_features(case, torch.bfloat16, device="cuda"))
 
