@@ -58,6 +58,7 @@ PLANES = [
     (1, 8, 656, 18, 1, None, "sum", True, 3),
     (1, 250, 16, 3, 1, 32, "concat", True, 4),
     (1, 3, 704, 4, 4, None, "concat", False, 1),
+    (1, 8, 704, 30, 1, None, "concat", True, 4),
     (1, 700, 32, 4, 4, None, "concat", False, 4),
     (12, 2, 104, 24, 1, None, "concat", True, 4),
 ]
@@ -90,22 +91,32 @@ def boxed_work(shapes: Iterable[Any]) -> None:
 
 @contextmanager
 def engine_known(planes: int) -> Iterator[None]:
-    """initcheck does not follow what the copy engine writes and reports each read of it: what it may write of
-    gradients, their first `planes` at most, which are of scans along rows, is cleared before. (That nothing is left
-    unwritten is for the tests, which fill new memory with NaN.)"""
-    execute = cuda._execute
+    """initcheck does not follow what the copy engine and torch's kernels write and reports each read of it: what the
+    engine may write of gradients, their first `planes` at most, which are of scans along rows, is cleared before, and
+    so are the counts of what is done, once more. (That nothing is left unwritten is for the tests, which fill new
+    memory with NaN.)"""
+    execute, make_launch = cuda._execute, planes_backward.make_launch
+
+    def clear(address: int, size: int) -> None:
+        cuda._import_cupy().cuda.runtime.memsetAsync(address, 0, size, torch.cuda.current_stream().cuda_stream)
+
+    def counts_cleared(*args: Any) -> cuda.Launch:
+        done = args[-1]
+        if done is not None:
+            clear(done.data_ptr(), done.nbytes)
+        return make_launch(*args)
 
     def cleared_before(launch: cuda.Launch) -> None:
         if launch.kernel == "gspn2_planes_backward":
-            runtime = cuda._import_cupy().cuda.runtime
             for box in launch.boxes:
                 if box.tensor in (planes_backward.G, planes_backward.GRAD_U):
-                    stream = torch.cuda.current_stream().cuda_stream
-                    count = min(planes, box.sizes[3])
-                    runtime.memsetAsync(box.address, 0, count * box.strides[2], stream)
+                    clear(box.address, min(planes, box.sizes[3]) * box.strides[2])
         execute(launch)
 
-    with mock.patch.object(cuda, "_execute", cleared_before):
+    with (
+        mock.patch.object(cuda, "_execute", cleared_before),
+        mock.patch.object(planes_backward, "make_launch", counts_cleared),
+    ):
         yield
 
 

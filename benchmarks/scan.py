@@ -40,6 +40,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "first-gspn": Shape(16, 1024, 1024, 8, 8, ("right",), output_gate=False),
+    "first-gspn-down": Shape(16, 1024, 1024, 8, 8, ("down",), output_gate=False),
     "sdxl-64": Shape(2, 64, 64, 80),
     "sdxl-32": Shape(2, 32, 32, 160),
     "4k-256": Shape(2, 256, 256, 80),

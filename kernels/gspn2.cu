@@ -7,21 +7,17 @@
 // of VEC, SETS and LANES; PLACES, positions of a lane; BATCH, lines of a box; and HALO, lines between exchanges in a cluster.
 // PLANES, that of planes.cuh, has SETS, too, and WIDTH, PLACES and LINES of a box twice: for scans along rows and along columns;
 // MIXED, whether blocks that run at once go different ways; KEEP, whether the second-level cache keeps what is read again.
-// PLANES_BACKWARD, that of planes_backward.cuh, also has SHARE, of SPAN without halos, STAGES, and BLOCKS, those for which a
-// processor's registers are to suffice. FINISH_PLANES follows it.
+// PLANES_BACKWARD, that of planes_backward.cuh, also has SHARE, of SPAN without halos, and STAGES. FINISH_PLANES follows it.
 #include "backward.cuh"
 #include "bulk_backward.cuh"
 #include "forward.cuh"
 #include "planes.cuh"
 #include "planes_backward.cuh"
 
-#ifndef GSPN2_BLOCKS
-#define GSPN2_BLOCKS 1
-#endif
 #if GSPN2_CLUSTER > 1
-#define GSPN2_KERNEL extern "C" __global__ void __cluster_dims__(GSPN2_CLUSTER, 1, 1) __launch_bounds__(GSPN2_THREADS, GSPN2_BLOCKS)
+#define GSPN2_KERNEL extern "C" __global__ void __cluster_dims__(GSPN2_CLUSTER, 1, 1) __launch_bounds__(GSPN2_THREADS, 1)
 #else
-#define GSPN2_KERNEL extern "C" __global__ void __launch_bounds__(GSPN2_THREADS, GSPN2_BLOCKS)
+#define GSPN2_KERNEL extern "C" __global__ void __launch_bounds__(GSPN2_THREADS, 1)
 #endif
 #define GSPN2_CHOICES \
     GSPN2_STORAGE, GSPN2_LOGITS, GSPN2_VEC, GSPN2_SETS, GSPN2_LANES, GSPN2_AHEAD, GSPN2_TURNS, GSPN2_CLUSTER, GSPN2_HAS, GSPN2_DECAY

@@ -389,7 +389,7 @@ GSPN2_DEVICE void scan_lines(const PlaneParams& planes, const Place& at, const R
     }
     constexpr int TOGETHER = PLACES & (PLACES - 1) ? 1 : PLACES < 4 ? PLACES : 4;  // positions that are all at an edge or none
     // Bytes into a box, and into u's: of a halo's positions those of some other, since y is not theirs.
-    int part[PLACES], part_of_share[R::U ? PLACES : 1];
+    int part[PLACES], part_of_share[R::U ? PLACES : 1] = {};
     const auto in_share = [&](int j, int end) { return j < 0 ? 0 : j < end ? j : end; };
     const auto part_of = [&](int span, int from, int k) {
         return VERTICAL ? R::row_part(span, plane, 0, from) : R::column_part(span, plane, from + k, 0);

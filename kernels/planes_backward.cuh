@@ -21,7 +21,7 @@
 
 #include "planes.cuh"
 
-enum { HAS_INPUTS = 16, HAS_PARTS = 32 };  // one direction alone; slices have parts of a group's channels
+enum { HAS_INPUTS = 16, HAS_PARTS = 32 };  // one direction alone; slices have parts of a group's channels, and write two numbers for three
 enum { BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_G, BACK_DU, BACK_INPUTS, BACK_MAPS };
 
 struct PlaneBackwardParams {
@@ -765,7 +765,8 @@ struct PlaneFinish {
     void* grad;                  // of features
     const unsigned* done;        // as PlaneBackwardParams has it: this launch begins before the scan has ended; or none
     long long apart, pixels;     // elements from one plane of features to the next, and of all others
-    unsigned expected;           // how many are done when all g of an image's channel is there
+    long long before, summed;    // threads before those for sums, and these
+    unsigned expected;           // the count when all g of an image's channel is there
     unsigned vectors, channels;  // of 16 bytes, of an image's channel; none if nothing follows from g
     unsigned maps;               // images' channels
     int lam, shared;             // the first plane of lam; whether directions share it
@@ -870,15 +871,17 @@ GSPN2_DEVICE void gradients_of_inputs(const PlaneFinish& p, int channel, long lo
 }
 
 // One thread for 16 bytes of a channel or of a sum. While others are still being scanned channels come in the order in which they are
-// there, else in the opposite one: of the last most is still in the second-level cache.
+// there, and sums, which wait for all of them, last. Else it is the other way round: of what was written last most is still in the
+// second-level cache.
 template <typename T, int K, bool LAM>
 GSPN2_DEVICE void finish_planes(const PlaneFinish& p) {
     constexpr int PART = 16 / sizeof(T);
-    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x, left = index - static_cast<long long>(p.maps) * p.vectors;
-    // (The last thread has none: so this launch does not end before the scan.)
-    if (!p.done || left >= 0) launch_before_is_done();
-    if (left >= 0) {
-        long long rest = left;
+    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const bool sums = index >= p.before && index < p.before + p.summed;
+    // (One thread of those for sums has none: so this launch does not end before the scan.)
+    if (!p.done || sums) launch_before_is_done();
+    if (sums) {
+        long long rest = index - p.before;
 #pragma unroll 1
         for (int sum = 0; sum < MOST_SUMS; rest -= p.sums[sum++].vectors) {
             if (rest >= p.sums[sum].vectors) continue;
@@ -886,7 +889,8 @@ GSPN2_DEVICE void finish_planes(const PlaneFinish& p) {
         }
         return;
     }
-    const unsigned thread = static_cast<unsigned>(index), vectors = p.vectors, turn = thread / vectors;
+    const unsigned thread = static_cast<unsigned>(index < p.before ? index : index - p.summed), vectors = p.vectors, turn = thread / vectors;
+    if (turn >= p.maps) return;
     const unsigned map = p.done ? turn : p.maps - 1 - turn, image = map / p.channels, vector = vectors - 1 - (thread - turn * vectors);
     if (p.done) wait_for_count(p.done + map, p.expected);
     gradients_of_inputs<T, K, LAM>(p, map - image * p.channels, (static_cast<long long>(image) * vectors + vector) * PART);

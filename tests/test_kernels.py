@@ -562,7 +562,12 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
                 has = (1 if name == "first-gspn" else 3) + 4 * (not backward or variant.parts > 1)
                 jobs.add((architecture, cuda.defines(kernel, variant, dtype, dtype, has, decay)))
     rows = set()
-    narrow = {"longest-narrow": (1, 2048, 2048, 16, 1, 4), "16k-narrow": (1, 1024, 1024, 16, 1, 4)}
+    more = {
+        "longest-narrow": (1, 2048, 2048, 16, 1, 4),
+        "16k-narrow": (1, 1024, 1024, 16, 1, 4),
+        "8k-narrow": (1, 512, 512, 16, 1, 4),
+        "first-gspn-down": SHAPES["first-gspn"],
+    }
     for name, size in [
         ("sdxl-1024-1280", 2),
         ("sdxl-1024-640", 2),
@@ -577,11 +582,15 @@ def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
         ("16k-narrow", 2),
         ("longest", 2),
         ("longest-narrow", 2),
+        ("8k-narrow", 2),
         ("first-gspn", 4),
         ("first-gspn", 2),
+        ("first-gspn-down", 4),
+        ("first-gspn-down", 2),
     ]:
-        B, H, W, D, G, K = (SHAPES | narrow)[name]
-        layout = planes.Layout(D, G, tuple(range(K)), K, True, G == 1)
+        B, H, W, D, G, K = (SHAPES | more)[name]
+        directions = (2,) if name.endswith("down") else tuple(range(K))
+        layout = planes.Layout(D, G, directions, K, True, G == 1)
         dtype = torch.float32 if size == 4 else torch.bfloat16
         work, has = planes.Work(B, H, W, layout, 0, size, False), 1 + 2 * (G == 1) + 4
         from_planes, gradients = planes.choose(work, DEVICES["h100"]), planes_backward.choose(work, DEVICES["h100"])

@@ -262,6 +262,7 @@ class Row(NamedTuple):
     keep: int = 0
     stages: int = MOST_STAGES  # of a ring at most
     once: bool = False  # only where all blocks run at once, and are on more than half of the processors
+    only: int | None = None  # 1: where all directions go along columns
 
 
 ROWS = (
@@ -270,14 +271,17 @@ ROWS = (
     Row(97, 128, False, 2, 128, (4, 8), (16, 8), (4, 4), (4, 2), 6, mixed=1, keep=1),
     Row(97, 128, False, 2, 128, 4, (16, 8), (4, 4), (4, 4), 4, promotion=1, slots=2, keep=1, stages=4),
     Row(129, 383, False, 2, 128, 5, (16, 8), (5, 8), (8, 2), 5, 32, keep=1, stages=3, once=True),
-    Row(129, 383, False, 2, 64, (6, 10), (16, 8), (3, 4), (4, 4), 2, 16, slots=2, mixed=1, keep=1),
+    Row(129, 383, False, 2, 64, (7, 8), (16, 8), (3, 4), (4, 2), 4, 16, mixed=1, keep=1),
     Row(129, 383, False, 2, 64, 8, (16, 8), (3, 4), (4, 4), 4, 16, mixed=1, keep=1, stages=4),
+    Row(384, 640, False, 2, 64, (5, 8), (32, 8), (3, 4), (8, 2), 4, 16, slots=2, mixed=1, keep=1),
     Row(384, 640, False, 2, 64, 6, (16, 8), (3, 4), (4, 4), 2, 16, mixed=1, keep=1),
     Row(641, 1280, False, 2, 64, (5, 7), (32, 8), (3, 4), (8, 2), 3, 16, mixed=1, keep=1),
     Row(641, 1280, False, 2, 64, 8, (16, 8), (3, 4), (8, 4), 4, 16, slots=2, stages=4),
     Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (4, 4), 2, 16),
     Row(1281, 2048, False, 2, 64, 4, (16, 8), (5, 8), (4, 2), 2, 16),
+    Row(641, 1280, True, 2, 64, 1, (16, 8), (3, 4), (4, 2), 3, stages=4, only=1),
     Row(641, 1280, True, 2, 128, 1, (16, 4), (5, 4), (4, 1), 3, 16, stages=3),
+    Row(641, 1280, True, 4, 64, 1, (16, 4), (3, 4), (4, 2), 3, 16, only=1),
     Row(641, 1280, True, 4, 64, 1, (16, 4), (3, 4), (4, 1), 6, 16, mixed=1, stages=3),
 )
 CLUSTERS = (1, 2, 4, 8, 16)
@@ -331,6 +335,8 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
+    if row.only is not None and work.ways != (row.only,):
+        return None
     options = options_of(row, work, device)
     D, cluster = work.layout.D, options["cluster"]
     if isinstance(row.width, tuple):

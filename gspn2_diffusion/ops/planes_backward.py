@@ -22,6 +22,7 @@ from .planes import (
     chunk_of,
     find_rows,
     kernel_defines,
+    lane_places,
     launch_of,
     make_box,
     narrowest,
@@ -39,7 +40,6 @@ MAPS = 7  # of u, logits, dy, the state, g, the gradient of u and inputs, for ea
 FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number that a launch's boxes have
 HAS_INPUTS, HAS_PARTS = 16, 32
 H_HALO = 8  # positions of the state on either side of a share
-RESERVED = 1 << 10  # bytes of a processor's shared memory for each of its blocks
 SUM = struct.Struct("2Q2q3i4x")  # of planes
 MOST_SUMS = 6  # the logits of each direction, u where directions share it, what pads the features
 FINISH_THREADS = 256
@@ -69,7 +69,7 @@ class Variant(NamedTuple):
     mixed: int
     keep: int  # whether the second-level cache is to keep g rather than the rest
     early: int  # whether the second launch begins with what is done while the first still runs
-    blocks: int  # for which a processor's registers are to suffice
+    outer: int  # whether parts of the logits' gradients are two numbers a position, not three
     inputs: bool  # whether it makes the gradients of x and lam, and no g
 
 
@@ -88,19 +88,19 @@ def make_variant(
     mixed: int = 0,
     keep: int = 0,
     early: int = 0,
-    blocks: int = 1,
+    outer: int = 1,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
-    """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, or the part of them
-    that each of `blocks` on a processor has; None where a block cannot have it."""
+    """The variant with these choices (as the forward's) and as many stages as `shared` bytes hold, None where a block
+    cannot have it."""
     D, G, own = work.layout.D, work.layout.G, work.layout.own
-    shared = (shared + RESERVED) // blocks - RESERVED
     widths = widths_of(work, width)
     if widths is None or not 1 <= slots <= MOST_SLOTS:
         return None
     low = halo if cluster > 1 else 0  # on either side
-    spans, shares, stages, chosen, at_once = [8 + 2 * low] * 2, [8, 8], [1, 1], [2, 2], [1, 1]
+    spans, shares, stages, at_once = [8 + 2 * low] * 2, [8, 8], [1, 1], [1, 1]
+    chosen = [lane_places(spans[0], 2, 1)] * 2  # of a way that no direction goes
     warps = used = 0
     for along in (0, 1):
         width, each = widths[along], lines[along]
@@ -121,7 +121,7 @@ def make_variant(
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
         signals = up(8 * (3 * MOST_STAGES + 3 * MOST_SLOTS + (4 * scanning if cluster > 1 else 0)), 16)
-        sigmoids = 0 if not own and min(widths) < D // G else 4
+        sigmoids = 0 if outer and not own and min(widths) < D // G else 4
         before = up(signals + exchange) + up(slots * chunk * sets * span * (2 * work.size + sigmoids))
         batches = -(-work.lines(along) // each)
         stages[along] = min(most_stages, batches, (shared - before) // stage)
@@ -157,7 +157,7 @@ def make_variant(
         mixed,
         keep,
         early,
-        blocks,
+        outer,
         work.layout.alone,
     )
 
@@ -182,26 +182,26 @@ class Row(NamedTuple):
     promotion: int = 2
     mixed: int = 0
     keep: int = 0
-    early: int = 0
+    early: int = 0  # in more than two waves of blocks
+    outer: int = 1
     stages: int = MOST_STAGES  # of a ring at most
     most: int = 1 << 30  # channels of all slices
-    blocks: int = 1  # for which a processor's registers and shared memory are to suffice
 
 
 ROWS = (
-    Row(32, 40, False, 2, 40, 16, (16, 8), (2, 2), (4, 2), 8, 2, promotion=1),
-    Row(41, 96, False, 2, 96, 8, (16, 4), (2, 2), (4, 2), 4, 4, promotion=1),
+    Row(32, 40, False, 2, 40, 16, (16, 8), (2, 2), (4, 2), 8, 2, promotion=1, outer=0),
+    Row(41, 96, False, 2, 96, 8, (16, 4), (2, 2), (4, 2), 4, 4, promotion=1, outer=0),
     Row(97, 128, False, 2, 64, (6, 8), (16, 8), (3, 4), (2, 2), 4, 4, mixed=1, keep=1, stages=4, early=1),
-    Row(97, 128, False, 2, 32, 12, (16, 8), (3, 4), (2, 2), 2, 4, 8, mixed=1, keep=1, early=1),
+    Row(97, 128, False, 2, 32, 12, (16, 8), (3, 4), (2, 2), 2, 4, 8, mixed=1, keep=1),
     Row(129, 640, False, 2, 32, (8, 16), (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1, early=1),
     Row(129, 640, False, 2, 32, 8, (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1, early=1),
     Row(641, 1280, False, 2, 64, 8, (16, 2), (5, 8), (4, 2), 4, 3, 8, most=8, early=1),
-    Row(641, 1280, False, 2, 64, (6, 8), (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4, early=1),
+    Row(641, 1280, False, 2, 64, (6, 10), (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=3, early=1),
     Row(641, 1280, False, 2, 64, 6, (32, 8), (5, 4), (8, 2), 2, 4, 8, mixed=1, keep=1, stages=4, early=1),
     Row(1281, 2048, False, 2, 64, (3, 6), (16, 8), (5, 8), (8, 4), 4, 4, early=1),
     Row(1281, 2048, False, 2, 64, 6, (16, 8), (5, 8), (8, 4), 4, 3, early=1),
-    Row(641, 1280, True, 2, 64, 1, (32, 8), (3, 2), (8, 1), 4, 4, stages=4, early=1),
-    Row(641, 1280, True, 4, 64, 1, (16, 4), (3, 4), (4, 1), 4, 4, early=1, stages=3),
+    Row(641, 1280, True, 2, 64, 1, (64, 8), (3, 4), (8, 2), 4, 4, early=1),
+    Row(641, 1280, True, 4, 64, 1, (32, 2), (3, 4), (4, 2), 4, 4, early=1),
 )
 
 
@@ -220,7 +220,7 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
-    D, options = work.layout.D, options_of(row, work, device, "workers", "early", "blocks")
+    D, options = work.layout.D, options_of(row, work, device, "workers", "early", "outer")
     if isinstance(row.width, tuple):
         two = takes_two(row.width, work, options["cluster"], device)
         return make_variant(work, row.width, **options) if two else None
@@ -229,14 +229,16 @@ def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
     if options["cluster"] == 1:
         widths = narrowest(work, range(row.width, 0, -1), device.processors * 2 // 3) + widths
     made = (make_variant(work, n, **options) for n in dict.fromkeys(widths))
-    return next((v for v in made if v is not None), None)
+    v = next((v for v in made if v is not None), None)
+    # In fewer, blocks of the second launch would gather on the few processors that are free.
+    return v and v._replace(early=int(v.early and v.grid > 2 * device.processors))
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
-    pairs, more = dict(SHARE="shares", STAGES="stages"), dict(THREADS=up(variant.threads, 64), BLOCKS=variant.blocks)
-    has = has & 6 | HAS_INPUTS * variant.inputs | HAS_PARTS * (max(variant.parts) > 1)
-    return kernel_defines("PLANES_BACKWARD", variant, storage, has, pairs, **more)
+    pairs = dict(SHARE="shares", STAGES="stages")
+    has = has & 6 | HAS_INPUTS * variant.inputs | HAS_PARTS * (variant.outer and max(variant.parts) > 1)
+    return kernel_defines("PLANES_BACKWARD", variant, storage, has, pairs, THREADS=up(variant.threads, 64))
 
 
 class Gradients(NamedTuple):
@@ -280,7 +282,7 @@ def make_launch(
                 add(5, along, GRAD_U, grads.u, share, 1)
     views = {n: view_of(t, layout.D) for n, t in ((G, grads.g), (GRAD_U, grads.u)) if t is not None}
     apart, plane, *steps = grads.logits.stride()
-    of_set = 2 if max(variant.parts) > 1 else 3
+    of_set = 2 if variant.outer and max(variant.parts) > 1 else 3
     views[9] = (grads.logits.data_ptr(), *steps[:2], 1, of_set * layout.G * plane, plane)
     params = pack_params(work, variant, views, softmax, apart)
     address = 0 if bias is None else bias.data_ptr()
@@ -338,10 +340,12 @@ def scan_backward(
         grad_u = apart.flatten(0, 1)
     grad_logits = of_logits.unsqueeze(0)
     if max(variant.parts) > 1:
-        grad_logits = of_logits.new_empty(max(variant.parts), 2 * K * layout.G, *of_logits.shape[1:])
-        for k, direction in enumerate(layout.directions):
-            outer = grad_logits[: variant.parts[direction // 2], 2 * k * layout.G : 2 * (k + 1) * layout.G]
-            sums.append(Sum(of_logits[3 * k * layout.G : 3 * (k + 1) * layout.G], outer, k))
+        of_set = 3 - variant.outer
+        grad_logits = of_logits.new_empty(max(variant.parts), of_set * K * layout.G, *of_logits.shape[1:])
+        each = zip(of_logits.split(3 * layout.G), grad_logits.split(of_set * layout.G, 1), strict=True)
+        for k, (to, parts) in enumerate(each):
+            terms = parts[: variant.parts[layout.directions[k] // 2]]
+            sums.append(Sum(to, terms, k if variant.outer else None))
     grads = Gradients(g, grad_u, grad_logits)
     if len(padding):
         sums.append(Sum(padding, None))
@@ -368,7 +372,7 @@ def count_of(work: Work, variant: Variant) -> int:
 class Sum(NamedTuple):
     to: torch.Tensor
     terms: torch.Tensor | None  # the sum's, along its first dimension; none: zero
-    direction: int | None = None  # whose logits' gradients it is, by its place among the layout's
+    direction: int | None = None  # whose logits' gradients are to be made of it, by its place among the layout's
 
 
 def finish_launch(
@@ -396,12 +400,11 @@ def finish_launch(
     tensors = (features, bias, g, grad, done)
     params += struct.pack("5Q2q", *(0 if t is None else t.data_ptr() for t in tensors), features.stride(0), g.stride(0))
     K, maps, vectors_of_map = len(layout.directions), work.B * layout.D * more, g[0, 0].nbytes // 16
-    counts = (count_of(work, variant), vectors_of_map, layout.D, maps)
-    params += struct.pack("4I5i4x", *counts, layout.starts[0], layout.gates < K, work.H, work.W, softmax)
+    threads, summed = maps * vectors_of_map, sum(vectors) + 1
+    sizes = (0 if done is None else threads, summed, count_of(work, variant), vectors_of_map, layout.D, maps)
+    params += struct.pack("2q4I5i4x", *sizes, layout.starts[0], layout.gates < K, work.H, work.W, softmax)
     name = cuda.STORAGE_NAMES[grad.dtype]
     choices = dict(STORAGE=name, CLUSTER=1, THREADS=FINISH_THREADS, DIRECTIONS=K, HAS=int(layout.lam))
     chosen = ("-DGSPN2_FINISH_PLANES", *(f"-DGSPN2_{name}={value}" for name, value in choices.items()))
-    threads = maps * vectors_of_map + sum(vectors) + 1
-    return Launch(
-        "gspn2_finish_planes", chosen, params, -(-threads // FINISH_THREADS), (FINISH_THREADS, 1), 1, 0, follows=True
-    )
+    grid = -(-(threads + summed) // FINISH_THREADS)
+    return Launch("gspn2_finish_planes", chosen, params, grid, (FINISH_THREADS, 1), 1, 0, follows=True)
