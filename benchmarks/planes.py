@@ -83,8 +83,8 @@ FORWARD = Pass(planes, "gspn2_planes", COMMON, USUAL | dict(mixed=1))
 BACKWARD = Pass(
     planes_backward,
     "gspn2_planes_backward",
-    COMMON | dict(workers=(2, 3, 4, 6, 8), early=(0, 1), outer=(0, 1)),
-    USUAL | dict(workers=4, mixed=0, early=0, outer=1),
+    COMMON | dict(workers=(2, 3, 4, 6, 8), early=(0, 1)),
+    USUAL | dict(workers=4, mixed=0, early=0),
 )
 PAIRS = ("lines", "places", "units")
 Job = tuple[bool, Variant, torch.dtype, int]

@@ -21,7 +21,7 @@
 
 #include "planes.cuh"
 
-enum { HAS_INPUTS = 16, HAS_PARTS = 32 };  // one direction alone; slices have parts of a group's channels, and write two numbers for three
+enum { HAS_INPUTS = 16, HAS_PARTS = 32 };  // one direction alone; slices have parts of a group's channels
 enum { BACK_U, BACK_LOGITS, BACK_DY, BACK_H, BACK_G, BACK_DU, BACK_INPUTS, BACK_MAPS };
 
 struct PlaneBackwardParams {

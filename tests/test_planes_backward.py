@@ -105,8 +105,8 @@ FORCED = [
     (Case(1, 24, 64, 5, 5, ("right", "up"), gates="lam"), FP16, dict(width=(3, 2), cluster=2, mixed=1)),
     (Case(3, 16, 24, 4, 2, ("up", "right")), FP32, dict(width=(1, 2), lines=(8, 8))),
     (Case(2, 24, 40, 5), BF16, dict(width=(2, 5), cluster=2, early=1)),
-    (Case(1, 24, 40, 5, directions=("left", "down", "up")), BF16, dict(width=(2, 5), outer=0)),
-    (Case(1, 19, 40, 6, 2, normalizer="softmax"), FP16, dict(width=1, cluster=2, outer=0, early=1)),
+    (Case(1, 24, 40, 5, directions=("left", "down", "up")), BF16, dict(width=(2, 5))),
+    (Case(1, 19, 40, 6, 2, normalizer="softmax"), FP16, dict(width=1, cluster=2, early=1)),
     (Case(3, 19, 32, 3, gates="shared", segment=16), FP16, dict(width=2, lines=(8, 8), workers=1, early=1)),
     (Case(2, 17, 24, 3, directions=("up", "left")), FP32, dict(width=3, lines=(4, 4), workers=8, early=1)),
 ]
@@ -181,7 +181,7 @@ def test_one_direction_without_lam_has_nothing_to_make(monkeypatch):
 def test_random_variants_emulated(part, monkeypatch):
     seed, generator = seeded(part)
     more = dict(gates=("each", "shared", "lam", "none"), merge=("concat", "sum"), workers=(1, 3, 8))
-    more |= dict(mixed=(0, 1), keep=(0, 1), outer=(0, 1), width=(1, 2, 5, (1, 3), (4, 2)))
+    more |= dict(mixed=(0, 1), keep=(0, 1), width=(1, 2, 5, (1, 3), (4, 2)))
     if part >= 4:
         more |= dict(directions=tuple((direction,) for direction in DIRECTIONS), gates=("each", "shared", "lam"))
     case, dtype, chosen = random_variant(generator, planes_backward.make_variant, **more)
@@ -310,6 +310,18 @@ def test_table_gives_a_variant_that_fits():
             assert v.stages[along] >= min(2, -(-work.lines(along) // v.lines[along]))
             assert not along or v.places[along] & (v.places[along] - 1) == 0
     assert taken > 200
+
+
+def test_launches_overlap_in_more_than_two_waves_of_blocks_only():
+    def early(B: int, side: int, D: int, G: int, directions: tuple[int, ...], size: int = 2) -> list[int]:
+        layout = planes.Layout(D, G, directions, len(directions), True, G == 1)
+        v = planes_backward.choose(planes.Work(B, side, side, layout, 0, size, False), H100)
+        return [v.early, v.grid]
+
+    assert early(2, 256, 80, 1, (0, 1, 2, 3)) == [1, 640] and early(1, 256, 30, 1, (0, 1, 2, 3))[0] == 0
+    assert early(16, 1024, 8, 1, (0, 1, 2, 3)) == [1, 1024] and early(1, 128, 160, 1, (0, 1, 2, 3))[0] == 0
+    # Several blocks of so little shared memory are on a processor at once.
+    assert early(2, 1024, 8, 8, (2, 3), 4) == [0, 512] and early(16, 1024, 8, 8, (2, 3), 4)[0] == 1
 
 
 # As an H100 timed them (docs/kernel.md).

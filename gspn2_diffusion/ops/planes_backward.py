@@ -41,6 +41,7 @@ FEATURES, GRAD_Y, STATE, G, GRAD_U = 0, 5, 4, 7, 8  # tensors, by the number tha
 HAS_INPUTS, HAS_PARTS = 16, 32
 H_HALO = 8  # positions of the state on either side of a share
 SUM = struct.Struct("2Q2q3i4x")  # of planes
+RESERVED = 1 << 10  # bytes of a processor's shared memory for each of its blocks
 MOST_SUMS = 6  # the logits of each direction, u where directions share it, what pads the features
 FINISH_THREADS = 256
 
@@ -69,7 +70,6 @@ class Variant(NamedTuple):
     mixed: int
     keep: int  # whether the second-level cache is to keep g rather than the rest
     early: int  # whether the second launch begins with what is done while the first still runs
-    outer: int  # whether parts of the logits' gradients are two numbers a position, not three
     inputs: bool  # whether it makes the gradients of x and lam, and no g
 
 
@@ -88,7 +88,6 @@ def make_variant(
     mixed: int = 0,
     keep: int = 0,
     early: int = 0,
-    outer: int = 1,
     shared: int = 227 << 10,
     most_stages: int = MOST_STAGES,
 ) -> Variant | None:
@@ -121,7 +120,7 @@ def make_variant(
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
         signals = up(8 * (3 * MOST_STAGES + 3 * MOST_SLOTS + (4 * scanning if cluster > 1 else 0)), 16)
-        sigmoids = 0 if outer and not own and min(widths) < D // G else 4
+        sigmoids = 0 if not own and min(widths) < D // G else 4
         before = up(signals + exchange) + up(slots * chunk * sets * span * (2 * work.size + sigmoids))
         batches = -(-work.lines(along) // each)
         stages[along] = min(most_stages, batches, (shared - before) // stage)
@@ -157,7 +156,6 @@ def make_variant(
         mixed,
         keep,
         early,
-        outer,
         work.layout.alone,
     )
 
@@ -183,14 +181,13 @@ class Row(NamedTuple):
     mixed: int = 0
     keep: int = 0
     early: int = 0  # in more than two waves of blocks
-    outer: int = 1
     stages: int = MOST_STAGES  # of a ring at most
     most: int = 1 << 30  # channels of all slices
 
 
 ROWS = (
-    Row(32, 40, False, 2, 40, 16, (16, 8), (2, 2), (4, 2), 8, 2, promotion=1, outer=0),
-    Row(41, 96, False, 2, 96, 8, (16, 4), (2, 2), (4, 2), 4, 4, promotion=1, outer=0),
+    Row(32, 40, False, 2, 40, 16, (16, 8), (2, 2), (4, 2), 8, 2, promotion=1),
+    Row(41, 96, False, 2, 96, 8, (16, 4), (2, 2), (4, 2), 4, 4, promotion=1),
     Row(97, 128, False, 2, 64, (6, 8), (16, 8), (3, 4), (2, 2), 4, 4, mixed=1, keep=1, stages=4, early=1),
     Row(97, 128, False, 2, 32, 12, (16, 8), (3, 4), (2, 2), 2, 4, 8, mixed=1, keep=1),
     Row(129, 640, False, 2, 32, (8, 16), (16, 8), (2, 4), (4, 2), 4, 4, mixed=1, keep=1, early=1),
@@ -220,24 +217,32 @@ def choose(work: Work, device: Device) -> Variant | None:
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
-    D, options = work.layout.D, options_of(row, work, device, "workers", "early", "outer")
+    D, options = work.layout.D, options_of(row, work, device, "workers", "early")
     if isinstance(row.width, tuple):
         two = takes_two(row.width, work, options["cluster"], device)
-        return make_variant(work, row.width, **options) if two else None
+        return early_or_not(make_variant(work, row.width, **options), device) if two else None
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
     if options["cluster"] == 1:
         widths = narrowest(work, range(row.width, 0, -1), device.processors * 2 // 3) + widths
     made = (make_variant(work, n, **options) for n in dict.fromkeys(widths))
-    v = next((v for v in made if v is not None), None)
-    # In fewer, blocks of the second launch would gather on the few processors that are free.
-    return v and v._replace(early=int(v.early and v.grid > 2 * device.processors))
+    return early_or_not(next((v for v in made if v is not None), None), device)
+
+
+def early_or_not(v: Variant | None, device: Device) -> Variant | None:
+    """Early only in more than two waves of blocks. In fewer, those of the second launch would gather on the few
+    processors that are free. And in several, some block has ended before the last begins: so what came before the scan,
+    zeroed counts too, is in memory by then."""
+    if v is None:
+        return None
+    at_once = device.processors * ((device.shared + RESERVED) // (v.shared + RESERVED))
+    return v._replace(early=int(v.early and v.grid > 2 * at_once))
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
     pairs = dict(SHARE="shares", STAGES="stages")
-    has = has & 6 | HAS_INPUTS * variant.inputs | HAS_PARTS * (variant.outer and max(variant.parts) > 1)
+    has = has & 6 | HAS_INPUTS * variant.inputs | HAS_PARTS * (max(variant.parts) > 1)
     return kernel_defines("PLANES_BACKWARD", variant, storage, has, pairs, THREADS=up(variant.threads, 64))
 
 
@@ -282,7 +287,7 @@ def make_launch(
                 add(5, along, GRAD_U, grads.u, share, 1)
     views = {n: view_of(t, layout.D) for n, t in ((G, grads.g), (GRAD_U, grads.u)) if t is not None}
     apart, plane, *steps = grads.logits.stride()
-    of_set = 2 if variant.outer and max(variant.parts) > 1 else 3
+    of_set = 2 if max(variant.parts) > 1 else 3
     views[9] = (grads.logits.data_ptr(), *steps[:2], 1, of_set * layout.G * plane, plane)
     params = pack_params(work, variant, views, softmax, apart)
     address = 0 if bias is None else bias.data_ptr()
@@ -340,12 +345,10 @@ def scan_backward(
         grad_u = apart.flatten(0, 1)
     grad_logits = of_logits.unsqueeze(0)
     if max(variant.parts) > 1:
-        of_set = 3 - variant.outer
-        grad_logits = of_logits.new_empty(max(variant.parts), of_set * K * layout.G, *of_logits.shape[1:])
-        each = zip(of_logits.split(3 * layout.G), grad_logits.split(of_set * layout.G, 1), strict=True)
+        grad_logits = of_logits.new_empty(max(variant.parts), 2 * K * layout.G, *of_logits.shape[1:])
+        each = zip(of_logits.split(3 * layout.G), grad_logits.split(2 * layout.G, 1), strict=True)
         for k, (to, parts) in enumerate(each):
-            terms = parts[: variant.parts[layout.directions[k] // 2]]
-            sums.append(Sum(to, terms, k if variant.outer else None))
+            sums.append(Sum(to, parts[: variant.parts[layout.directions[k] // 2]], k))
     grads = Gradients(g, grad_u, grad_logits)
     if len(padding):
         sums.append(Sum(padding, None))
