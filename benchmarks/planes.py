@@ -226,7 +226,8 @@ class Search:
 
 
 SHOWN = (
-    "widths cluster spans lines places units stages slots normalizers halo workers promotion mixed keep grid threads"
+    "widths cluster spans lines places units stages slots normalizers halo workers promotion mixed keep early grid"
+    " threads"
 )
 
 

@@ -66,10 +66,21 @@ struct OuterWeights {
     }
 };
 
+// Bytes into a box, of so many positions of several planes, at which a position's chunk begins (a line is a column), or a line's
+// positions (it is a row).
+template <int LINES, int SIZE>
+struct PlaneBox {
+    GSPN2_DEVICE static int column_part(int span, int plane, int position, int chunk) {
+        constexpr int ROW = LINES * SIZE;
+        return swizzled<ROW>((plane * span + position) * ROW) ^ chunk * 16;
+    }
+    GSPN2_DEVICE static int row_part(int span, int plane, int line, int position) { return ((plane * LINES + line) * span + position) * SIZE; }
+};
+
 // SETS: weight sets of a slice, 1 or, where more are asked for, one for each channel. SLOTS: chunks of weights. UNIT: what a normalising lane does at once,
 // lines of a position or, VERTICAL, positions of a line.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int PLACES_, int LINES_, int SLOTS_, int UNIT_, int HALO_, int CLUSTER_, int HAS, bool VERTICAL_>
-struct PlaneRing {
+struct PlaneRing : PlaneBox<LINES_, sizeof(T)> {
     using Type = T;
     static constexpr int WIDTH = WIDTH_, SETS = SETS_ > 1 ? WIDTH_ : 1, SPAN = SPAN_, PLACES = PLACES_, LINES = LINES_, SLOTS = SLOTS_, UNIT = UNIT_;
     static constexpr int HALO = HALO_, CLUSTER = CLUSTER_;
@@ -113,11 +124,6 @@ struct PlaneRing {
     GSPN2_DEVICE static unsigned char* taps(int stage) { return box(stage, 0) + TAPS_AT; }
     GSPN2_DEVICE static Weight* weights(int slot) { return reinterpret_cast<Weight*>(shared_memory() + HEADER) + slot * SLOT; }
     GSPN2_DEVICE static int weight(int line, int set, int position) { return 2 * ((line * SETS + set) * SPAN + position); }
-    // Bytes into a box of so many positions at which a position's chunk begins (a line is a column), or a line's positions (it is a row).
-    GSPN2_DEVICE static int column_part(int span, int plane, int position, int chunk) {
-        return swizzled<ROW>((plane * span + position) * ROW) ^ chunk * 16;
-    }
-    GSPN2_DEVICE static int row_part(int span, int plane, int line, int position) { return ((plane * LINES + line) * span + position) * SIZE; }
 };
 
 // The line in memory with which the box of a batch begins. Boxes of columns begin at multiples of their lines: what they have beyond

@@ -37,7 +37,7 @@ struct PlaneBackwardParams {
 // SHARE: positions of SPAN without halos. KEEP: g, which is soon read again, stays in the second-level cache rather than the rest.
 template <typename T, int WIDTH_, int SETS_, int SPAN_, int SHARE_, int PLACES_, int LINES_, int STAGES_, int SLOTS_, int UNIT_, int HALO_,
           int CLUSTER_, int THREADS, bool KEEP_, int HAS, bool VERTICAL_>
-struct BackwardPlaneRing {
+struct BackwardPlaneRing : PlaneBox<LINES_, sizeof(T)> {
     using Type = T;
     static constexpr int WIDTH = WIDTH_, SETS = SETS_ > 1 ? WIDTH_ : 1, SPAN = SPAN_, SHARE = SHARE_, PLACES = PLACES_, LINES = LINES_, STAGES = STAGES_;
     static constexpr int SLOTS = SLOTS_, UNIT = UNIT_, HALO = HALO_, CLUSTER = CLUSTER_;
@@ -91,11 +91,6 @@ struct BackwardPlaneRing {
     GSPN2_DEVICE static float* sums(int slot) { return reinterpret_cast<float*>(weights(SLOTS)) + slot * SLOT; }
     GSPN2_DEVICE static int sum(int line, int set, int position) { return (line * SETS + set) * SPAN + position; }
     GSPN2_DEVICE static int weight(int line, int set, int position) { return 2 * sum(line, set, position); }
-    // As PlaneRing's, of a box with so many positions.
-    GSPN2_DEVICE static int column_part(int span, int plane, int position, int chunk) {
-        return swizzled<ROW>((plane * span + position) * ROW) ^ chunk * 16;
-    }
-    GSPN2_DEVICE static int row_part(int span, int plane, int line, int position) { return ((plane * LINES + line) * span + position) * SIZE; }
 };
 
 // Lines in memory, from the scan's last to its first: upwards where the scan goes backwards. Boxes begin at `low` and whole boxes
@@ -767,8 +762,8 @@ struct PlaneFinish {
     long long apart, pixels;     // elements from one plane of features to the next, and of all others
     long long before, summed;    // threads before those for sums, and these
     unsigned expected;           // the count when all g of an image's channel is there
-    unsigned vectors, channels;  // of 16 bytes, of an image's channel; none if nothing follows from g
-    unsigned maps;               // images' channels
+    unsigned vectors, channels;  // of 16 bytes, of an image's channel
+    unsigned maps;               // images' channels; none if nothing follows from g
     int lam, shared;             // the first plane of lam; whether directions share it
     int height, width, softmax;
 };

@@ -79,9 +79,15 @@ class Work(NamedTuple):
         """Positions of a line."""
         return self.W if along else self.H
 
+    def all_lines(self, along: int) -> int:
+        return self.H if along else self.W
+
     def lines(self, along: int) -> int:
         """Of a segment."""
-        return min(self.segment or 1 << 30, self.H if along else self.W)
+        return min(self.segment or 1 << 30, self.all_lines(along))
+
+    def segments_of(self, along: int) -> int:
+        return -(-self.all_lines(along) // self.lines(along))
 
     @property
     def longest(self) -> int:
@@ -89,7 +95,7 @@ class Work(NamedTuple):
 
     @property
     def segments(self) -> int:
-        return max(-(-(self.H if along else self.W) // self.lines(along)) for along in self.ways)
+        return max(self.segments_of(along) for along in self.ways)
 
     @property
     def blocks(self) -> int:
@@ -155,7 +161,7 @@ def share_of(
     it cannot have them, or boxes of so many lines not the map."""
     # A box may reach beyond a map but not into the next segment, from either end.
     all_lines = work.lines(along)
-    if all_lines < (work.H if along else work.W) and (all_lines % lines or (not along and work.W % lines)):
+    if all_lines < work.all_lines(along) and (all_lines % lines or (not along and work.W % lines)):
         return None
     share = max(up(-(-work.length(along) // cluster), 8), least)
     span = share + halos

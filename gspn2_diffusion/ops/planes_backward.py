@@ -72,6 +72,11 @@ class Variant(NamedTuple):
     early: int  # whether the second launch begins with what is done while the first still runs
     inputs: bool  # whether it makes the gradients of x and lam, and no g
 
+    @property
+    def partial(self) -> bool:
+        """Whether a group's channels are in several slices, which leave parts of the logits' gradients."""
+        return max(self.parts) > 1
+
 
 def make_variant(
     work: Work,
@@ -97,6 +102,7 @@ def make_variant(
     widths = widths_of(work, width)
     if widths is None or not 1 <= slots <= MOST_SLOTS:
         return None
+    parts = (1, 1) if own else (-(-D // G // widths[0]), -(-D // G // widths[1]))
     low = halo if cluster > 1 else 0  # on either side
     spans, shares, stages, at_once = [8 + 2 * low] * 2, [8, 8], [1, 1], [1, 1]
     chosen = [lane_places(spans[0], 2, 1)] * 2  # of a way that no direction goes
@@ -120,7 +126,7 @@ def make_variant(
         scanning = -(-width // (32 // (span // chosen[along])))
         exchange = 4 * halo * width * 4 if cluster > 1 else 0
         signals = up(8 * (3 * MOST_STAGES + 3 * MOST_SLOTS + (4 * scanning if cluster > 1 else 0)), 16)
-        sigmoids = 0 if not own and min(widths) < D // G else 4
+        sigmoids = 0 if max(parts) > 1 else 4
         before = up(signals + exchange) + up(slots * chunk * sets * span * (2 * work.size + sigmoids))
         batches = -(-work.lines(along) // each)
         stages[along] = min(most_stages, batches, (shared - before) // stage)
@@ -137,7 +143,7 @@ def make_variant(
         max(widths) if own else 1,
         cluster,
         widths,
-        (1, 1) if own else (-(-D // G // widths[0]), -(-D // G // widths[1])),
+        parts,
         (spans[0], spans[1]),
         (shares[0], shares[1]),
         (chosen[0], chosen[1]),
@@ -213,36 +219,35 @@ def choose(work: Work, device: Device) -> Variant | None:
     known = device.boxes and not work.decay
     rows = rows_of(work.H, work.W, work.layout.D, work.layout.G, work.size) if known else []
     made = (variant_of(row, work, device) for row in rows)
-    return next((v for v in made if v is not None), None)
+    v = next((v for v in made if v is not None), None)
+    return v and v._replace(early=int(v.early and may_be_early(v, device)))
 
 
 def variant_of(row: Row, work: Work, device: Device) -> Variant | None:
     D, options = work.layout.D, options_of(row, work, device, "workers", "early")
     if isinstance(row.width, tuple):
         two = takes_two(row.width, work, options["cluster"], device)
-        return early_or_not(make_variant(work, row.width, **options), device) if two else None
+        return make_variant(work, row.width, **options) if two else None
     # As wide as all slices need, so that none is nearly empty.
     widths = [-(-D // slices) for slices in range(-(-D // row.width), D + 1)]
     if options["cluster"] == 1:
         widths = narrowest(work, range(row.width, 0, -1), device.processors * 2 // 3) + widths
     made = (make_variant(work, n, **options) for n in dict.fromkeys(widths))
-    return early_or_not(next((v for v in made if v is not None), None), device)
+    return next((v for v in made if v is not None), None)
 
 
-def early_or_not(v: Variant | None, device: Device) -> Variant | None:
-    """Early only in more than two waves of blocks. In fewer, those of the second launch would gather on the few
-    processors that are free. And in several, some block has ended before the last begins: so what came before the scan,
-    zeroed counts too, is in memory by then."""
-    if v is None:
-        return None
+def may_be_early(v: Variant, device: Device) -> bool:
+    """Only in more than two waves of blocks. In fewer, those of the second launch would gather on the few processors
+    that are free. And in several, some block has ended before the last begins: so what came before the scan, zeroed
+    counts too, is in memory by then."""
     at_once = device.processors * ((device.shared + RESERVED) // (v.shared + RESERVED))
-    return v._replace(early=int(v.early and v.grid > 2 * at_once))
+    return v.grid > 2 * at_once
 
 
 def defines(variant: Variant, storage: torch.dtype, has: int) -> tuple[str, ...]:
     """Options that compile gspn2.cu's PLANES_BACKWARD; `has`: 2 for u, 4 for a bias."""
     pairs = dict(SHARE="shares", STAGES="stages")
-    has = has & 6 | HAS_INPUTS * variant.inputs | HAS_PARTS * (max(variant.parts) > 1)
+    has = has & 6 | HAS_INPUTS * variant.inputs | HAS_PARTS * variant.partial
     return kernel_defines("PLANES_BACKWARD", variant, storage, has, pairs, THREADS=up(variant.threads, 64))
 
 
@@ -287,7 +292,7 @@ def make_launch(
                 add(5, along, GRAD_U, grads.u, share, 1)
     views = {n: view_of(t, layout.D) for n, t in ((G, grads.g), (GRAD_U, grads.u)) if t is not None}
     apart, plane, *steps = grads.logits.stride()
-    of_set = 2 if max(variant.parts) > 1 else 3
+    of_set = 2 if variant.partial else 3
     views[9] = (grads.logits.data_ptr(), *steps[:2], 1, of_set * layout.G * plane, plane)
     params = pack_params(work, variant, views, softmax, apart)
     address = 0 if bias is None else bias.data_ptr()
@@ -344,7 +349,7 @@ def scan_backward(
         sums.append(Sum(of_u, apart))
         grad_u = apart.flatten(0, 1)
     grad_logits = of_logits.unsqueeze(0)
-    if max(variant.parts) > 1:
+    if variant.partial:
         grad_logits = of_logits.new_empty(max(variant.parts), 2 * K * layout.G, *of_logits.shape[1:])
         each = zip(of_logits.split(3 * layout.G), grad_logits.split(2 * layout.G, 1), strict=True)
         for k, (to, parts) in enumerate(each):
@@ -365,10 +370,9 @@ def count_of(work: Work, variant: Variant) -> int:
     thread along rows, all warps that make gradients along columns."""
     count = 0
     for along in (direction // 2 for direction in work.layout.directions):
-        segments = -(-(work.H if along else work.W) // work.lines(along))
-        lanes = min(variant.lines[1], 8) * variant.shares[1] * work.size // 16
+        lanes = chunk_of(work, 1, variant.lines[1], variant.halo) * variant.shares[1] * work.size // 16
         warps = min(variant.workers, variant.slots * -(-lanes // 32)) if along else 1
-        count += segments * -(-work.length(along) // variant.shares[along]) * warps
+        count += work.segments_of(along) * -(-work.length(along) // variant.shares[along]) * warps
     return count
 
 
@@ -404,7 +408,8 @@ def finish_launch(
     params += struct.pack("5Q2q", *(0 if t is None else t.data_ptr() for t in tensors), features.stride(0), g.stride(0))
     K, maps, vectors_of_map = len(layout.directions), work.B * layout.D * more, g[0, 0].nbytes // 16
     threads, summed = maps * vectors_of_map, sum(vectors) + 1
-    sizes = (0 if done is None else threads, summed, count_of(work, variant), vectors_of_map, layout.D, maps)
+    before, expected = (0, 0) if done is None else (threads, count_of(work, variant))
+    sizes = (before, summed, expected, vectors_of_map, layout.D, maps)
     params += struct.pack("2q4I5i4x", *sizes, layout.starts[0], layout.gates < K, work.H, work.W, softmax)
     name = cuda.STORAGE_NAMES[grad.dtype]
     choices = dict(STORAGE=name, CLUSTER=1, THREADS=FINISH_THREADS, DIRECTIONS=K, HAS=int(layout.lam))
